@@ -1,0 +1,53 @@
+# make quickstart | test | test-slow | checks | types | clean
+PYTHON   ?= python3
+VENV     := .venv
+BIN      := $(VENV)/bin
+STAMP    := $(VENV)/.installed
+FIXTURES ?= ../shared
+THREADS  ?= 1
+# Fixtures are optional: without the folder the golden tests are skipped, each with one line.
+FIXTURES_OPTION := $(if $(wildcard $(FIXTURES)/golden),--fixtures $(FIXTURES))
+PYTEST   := OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest $(FIXTURES_OPTION)
+SOURCES  := pipeline stages ops launch ds_configs
+LINKS    := $(SOURCES:%=build/importroot/cogview2/%)
+
+.PHONY: quickstart test test-slow test-gpu checks types install clean
+
+quickstart: $(STAMP)
+	$(BIN)/cogview2 run quickstart
+
+test: $(STAMP)
+	$(PYTEST) -m "not slow and not gpu" tests
+
+test-slow: $(STAMP)
+	$(PYTEST) -m "slow and not gpu" tests
+
+test-gpu: $(STAMP)
+	$(PYTEST) -m gpu tests
+
+checks: $(STAMP) types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/codespell $(SOURCES) tests docs README.md CONTRIBUTING.md CHANGELOG.md
+
+types: $(STAMP) $(LINKS)
+	$(BIN)/mypy -p cogview2
+
+# mypy does not see through the editable install; it reads the same files by these links.
+build/importroot/cogview2/%:
+	mkdir -p build/importroot/cogview2
+	ln -sfn ../../../$* $@
+
+install: $(STAMP)
+
+# torch first and by exact version, so that no other distribution picks another build of it.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(shell grep '^torch==' constraints.txt) -c constraints.txt
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .[dev]
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find $(SOURCES) tests -name __pycache__ -type d -prune -exec rm -rf {} +

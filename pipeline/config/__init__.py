@@ -1,0 +1,1 @@
+"""Everything an operator can write in a recipe; torch-free."""

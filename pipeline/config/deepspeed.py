@@ -1,0 +1,181 @@
+"""The DeepSpeed configuration of a stage: a checked JSON (how) joined with the recipe's section (what)."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from cogview2 import ds_configs
+from cogview2.pipeline.config.deepspeed_schema import DeepSpeedJson
+from cogview2.pipeline.config.problems import Origins, validate
+from cogview2.pipeline.config.training import TrainConfig
+from cogview2.pipeline.config.yaml_reader import MAX_BYTES, KeyPath
+from cogview2.pipeline.errors import ConfigError
+
+_NEVER = 1_000_000_000
+_RECIPE_KEYS = {
+    "train_batch_size": "train.global_batch",
+    "gradient_accumulation_steps": "train.global_batch (accumulation is derived from it)",
+    "gradient_clipping": "train.optimizer.gradient_clipping",
+    "scheduler": "train.optimizer.schedule",
+    "steps_per_print": "train.log_every",
+}
+_RECIPE_OPTIMIZER_KEYS = {
+    "lr": "learning_rate",
+    "betas": "betas",
+    "eps": "eps",
+    "weight_decay": "weight_decay",
+}
+
+
+def find_json(name_or_path: str) -> Path:
+    """Return the file of a configuration: a path when it ends in .json, else a name in ds_configs/."""
+    if name_or_path.endswith(".json"):
+        return Path(name_or_path)
+    try:
+        return ds_configs.path(name_or_path)
+    except KeyError as error:
+        raise ConfigError(f"{error.args[0]}; or give the path of a .json file") from error
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in mapping:
+            raise ValueError(f"key {key!r} stands twice")
+        mapping[key] = value
+    return mapping
+
+
+def _refuse_recipe_keys(data: Any, path: Path) -> None:
+    """Refuse the keys whose only place is the recipe: no knob stands in both files."""
+    if not isinstance(data, dict):
+        return
+    for key, place in _RECIPE_KEYS.items():
+        if key in data:
+            raise ConfigError(
+                f"{path}: {key!r} = {data[key]!r} belongs in the recipe; delete it and set {place}"
+            )
+    optimizer = data.get("optimizer")
+    params = optimizer.get("params") if isinstance(optimizer, dict) else None
+    for key, place in _RECIPE_OPTIMIZER_KEYS.items():
+        if isinstance(params, dict) and key in params:
+            raise ConfigError(
+                f"{path}: optimizer.params.{key} = {params[key]!r} belongs in the recipe; "
+                f"delete it and set train.optimizer.{place}"
+            )
+
+
+def read_json(name_or_path: str) -> DeepSpeedJson:
+    """Read and check one DeepSpeed JSON.
+
+    Raises:
+        ConfigError: missing, not JSON, an unknown key (with the nearest known one), or a key of the recipe.
+    """
+    path = find_json(name_or_path)
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MAX_BYTES).decode("utf-8")
+        data = json.loads(text, object_pairs_hook=_refuse_duplicates)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}; name a DeepSpeed JSON") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not valid JSON ({error}); correct it") from error
+    _refuse_recipe_keys(data, path)
+    origins: dict[KeyPath, str] = {}
+    return validate(
+        DeepSpeedJson, data, Origins(origins, str(path)), lambda key: f"correct it in {path.name}"
+    )
+
+
+def data_parallel_size(train: TrainConfig, world_size: int) -> int:
+    """Return the number of data-parallel ranks; refuses a world size that the pipe stages do not divide."""
+    if world_size % train.pipeline_parallel:
+        raise ConfigError(
+            f"train.pipeline_parallel {train.pipeline_parallel} does not divide the {world_size} ranks; "
+            f"use a multiple of {train.pipeline_parallel} ranks, or --set launch.ranks=..."
+        )
+    return world_size // train.pipeline_parallel
+
+
+def accumulation_steps(train: TrainConfig, micro_batch: int, data_parallel: int) -> int:
+    """Return global batch / (micro batch x data-parallel ranks); refuse a remainder, with what fits."""
+    together = micro_batch * data_parallel
+    steps, remainder = divmod(train.global_batch, together)
+    if remainder or not steps:
+        below = steps * together
+        fits = f"{below} or {below + together}" if below else f"{together}"
+        micros = [
+            size for size in range(1, micro_batch + 1) if train.global_batch % (size * data_parallel) == 0
+        ]
+        micro = f", or a micro batch of {micros[-1]}" if micros else ""
+        raise ConfigError(
+            f"train.global_batch {train.global_batch} is not a multiple of micro batch {micro_batch} x "
+            f"{data_parallel} data-parallel ranks = {together}; use a global batch of {fits}{micro}"
+        )
+    return steps
+
+
+def _refuse_contradictions(how: DeepSpeedJson, train: TrainConfig, name: str) -> None:
+    stage = how.zero_optimization.stage
+    bf16 = how.bf16 is not None and how.bf16.enabled
+    fp16 = how.fp16 is not None and how.fp16.enabled
+    autocast = how.torch_autocast is not None and how.torch_autocast.enabled
+    if bf16 + fp16 + autocast > 1:
+        raise ConfigError(f"{name}: more than one of bf16, fp16 and torch_autocast is enabled; keep one")
+    if train.pipeline_parallel > 1 and stage >= 2:
+        raise ConfigError(
+            f"{name}: zero_optimization.stage {stage} does not work with train.pipeline_parallel "
+            f"{train.pipeline_parallel}; use stage 1, or pipeline_parallel 1"
+        )
+    if train.pipeline_parallel > 1 and stage == 0:
+        raise ConfigError(
+            f"{name}: zero_optimization.stage 0 clips gradients wrongly with train.pipeline_parallel "
+            f"{train.pipeline_parallel}; use stage 1"
+        )
+    if bf16 and stage == 0:
+        raise ConfigError(
+            f"{name}: bf16 with zero_optimization.stage 0 follows another trajectory than every other stage; "
+            "use stage 1"
+        )
+    offloads = how.zero_optimization.offload_param
+    if offloads is not None and offloads.device != "none" and stage != 3:
+        raise ConfigError(
+            f"{name}: offload_param needs zero_optimization.stage 3, not {stage}; change one of them"
+        )
+
+
+def resolve(json_name: str, train: TrainConfig, world_size: int, *, cpu: bool = False) -> dict[str, Any]:
+    """Return the complete configuration for `deepspeed.initialize`.
+
+    Args:
+        json_name: name in ds_configs/ or path of a JSON.
+        train: the recipe's training section of the stage.
+        world_size: ranks of the job.
+        cpu: the ranks run on CPUs; then torch's AdamW is used whatever the JSON says (no compiler needed).
+
+    Raises:
+        ConfigError: the JSON cannot be used, or contradicts the recipe.
+    """
+    how = read_json(json_name)
+    _refuse_contradictions(how, train, json_name)
+    data_parallel = data_parallel_size(train, world_size)
+    micro_batch = how.train_micro_batch_size_per_gpu
+    accumulation = accumulation_steps(train, micro_batch, data_parallel)
+    optimizer = train.optimizer
+    config = how.model_dump(mode="json", exclude_none=True)
+    config["train_batch_size"] = math.prod((micro_batch, accumulation, data_parallel))
+    config["gradient_accumulation_steps"] = accumulation
+    config["gradient_clipping"] = optimizer.gradient_clipping
+    config["steps_per_print"] = _NEVER
+    params = config["optimizer"]["params"]
+    params["torch_adam"] = params["torch_adam"] or cpu
+    params |= {
+        "lr": optimizer.learning_rate,
+        "betas": list(optimizer.betas),
+        "eps": optimizer.eps,
+        "weight_decay": optimizer.weight_decay,
+    }
+    # Re-entrant checkpointing, the default, silently drops gradients when a segment's inputs are integers.
+    config["pipeline"]["use_reentrant"] = False
+    return config

@@ -1,0 +1,160 @@
+"""The six stages' sections of a recipe, the recipe itself, and the table of stages."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from cogview2.pipeline.config.base import Config
+from cogview2.pipeline.config.data import DataConfig
+from cogview2.pipeline.config.model import CogLMConfig, DirectSRConfig, IterativeSRConfig, VQVAEConfig
+from cogview2.pipeline.config.sampling import SamplingConfig
+from cogview2.pipeline.config.training import TrainConfig
+
+Positive = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+class LaunchConfig(Config):
+    """The local launcher's shape of a job."""
+
+    ranks: Positive = 2
+    threads_per_rank: Positive = 1
+
+
+class TokenizerConfig(Config):
+    """Stage train_tokenizer: SentencePiece unigram (spec 1.2)."""
+
+    character_coverage: Annotated[float, Field(gt=0.9, le=1)] = 0.9995
+    num_threads: Positive = 1
+    """Changes the vocabulary, so it is fixed and recorded."""
+    input_sentences: Positive = 10_000_000
+    """Sentences sampled from the corpus."""
+    seed_pieces: Positive = 1_000_000
+    shrink_to_fit: bool = False
+    """Train as many pieces as the corpus supports when text_pieces is too many; the id layout keeps its width."""
+    rare_frequency: Annotated[float, Field(ge=0)] = 0.0
+    """Pieces outside English, Chinese and punctuation, and pieces rarer than this share of the corpus, are `rare`."""
+
+
+class LossWeights(Config):
+    """Weights of the VQVAE's loss terms (spec 1.3; the weights were never published)."""
+
+    l1: Weight = 1.0
+    ms_ssim: Weight = 1.0
+    perceptual: Weight = 1.0
+    commitment: Weight = 1.0
+
+
+class VQVAEStageConfig(Config):
+    """Stage train_vqvae."""
+
+    model: VQVAEConfig = VQVAEConfig()
+    train: TrainConfig
+    loss: LossWeights = LossWeights()
+    image_sizes: tuple[Literal["base", "superres", "crop"], ...] = ("base", "crop")
+    """Kinds of training pictures, in turn: the whole at base size, the whole at full size, a base-size crop of the full size."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
+    restart_after: Annotated[int, Field(ge=0)] = 50
+    """Steps without use after which a code is set to a latent of the batch; 0 never."""
+    autoencoder_steps: Annotated[int, Field(ge=0)] = 0
+    """First steps without quantization; the codebook is initialised from data right after them."""
+    perceptual_network: str | None = None
+    """Path of VGG16 weights (docs/evaluation.md); without one a named gradient loss takes its place, said aloud."""
+
+
+class ShardStageConfig(Config):
+    """Stage shard_dataset."""
+
+    samples_per_shard: Positive = 1000
+    vqvae_batch: Positive = 32
+
+
+class ObjectiveConfig(Config):
+    """Mixture of the training objectives (spec 2.6)."""
+
+    text_weight: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of pure-text samples in a batch."""
+    caption_ratio: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """Of the text-image samples, the share trained as captioning with masked patches; the rest as generation."""
+    patch_mode: Literal["released", "paper"] = "released"
+    """Masked 4x4 patches: a fixed number (released, about 52 % of the image), or until 75 % is covered (paper)."""
+
+
+class CogLMStageConfig(Config):
+    """Stage pretrain_coglm."""
+
+    model: CogLMConfig = CogLMConfig()
+    objectives: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig
+
+
+class DirectSRStageConfig(Config):
+    """First half of stage finetune_superres."""
+
+    model: DirectSRConfig = DirectSRConfig()
+    train: TrainConfig
+
+
+class IterativeSRStageConfig(Config):
+    """Second half of stage finetune_superres."""
+
+    model: IterativeSRConfig = IterativeSRConfig()
+    train: TrainConfig
+
+
+class EvaluateConfig(Config):
+    """Stage evaluate (spec 9)."""
+
+    captions: Positive = 200
+    """Held-out captions per language, one picture each."""
+    weights: str | None = None
+    """`RUN` or `RUN@step` whose CogLM is evaluated; by default this run's final weights."""
+    blur_radii: tuple[Annotated[int, Field(ge=0)], ...] = (0, 1, 2, 4, 8)
+    feature_network: str | None = None
+    """Path of Inception weights; without one a small network whose figures are not comparable to papers."""
+    resize: Literal["tf1", "clean", "antialias"] = "tf1"
+    allow_few: bool = False
+    """Report a Frechet distance from fewer pictures than feature dimensions, labelled."""
+    classifier_steps: Positive = 200
+    """Training steps of the drawings' attribute classifier."""
+    chunk: Positive = 25
+    """Captions drawn together; the unit of work of a rank and of resume."""
+
+
+class Recipe(Config):
+    """One whole cascade."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1234
+    launch: LaunchConfig = LaunchConfig()
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    vqvae: VQVAEStageConfig
+    shards: ShardStageConfig = ShardStageConfig()
+    coglm: CogLMStageConfig
+    direct_sr: DirectSRStageConfig
+    iterative_sr: IterativeSRStageConfig
+    sampling: SamplingConfig = SamplingConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _positions(self) -> "Recipe":
+        needed = self.coglm.model.image_position + 1 + self.data.base_grid**2
+        if self.coglm.model.max_positions < needed:
+            raise ValueError(
+                f"coglm.model.max_positions {self.coglm.model.max_positions} is too few: "
+                f"image_position + 1 + base grid of {self.data.base_grid}x{self.data.base_grid} needs {needed}"
+            )
+        return self
+
+
+STAGES: dict[str, tuple[str, ...]] = {
+    "train_tokenizer": ("data", "tokenizer", "coglm.model.vocabulary", "vqvae.model.codebook_size"),
+    "train_vqvae": ("data", "vqvae"),
+    "shard_dataset": ("data", "shards", "coglm.model.text_length", "coglm.model.vocabulary"),
+    "pretrain_coglm": ("coglm",),
+    "finetune_superres": ("direct_sr", "iterative_sr"),
+    "evaluate": ("data", "sampling", "evaluate"),
+}
+"""Stage name -> the parts of the recipe that it depends on (with the seed and the outputs of the stages before it).
+The module of a stage is cogview2.stages.<name>."""

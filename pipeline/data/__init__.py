@@ -1,0 +1,1 @@
+"""From pictures and captions to training samples."""

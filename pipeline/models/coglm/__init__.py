@@ -1,0 +1,1 @@
+"""CogLM: the cross-modal language model."""

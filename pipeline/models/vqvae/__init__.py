@@ -1,0 +1,1 @@
+"""The hierarchical VQVAE (image tokenizer network)."""

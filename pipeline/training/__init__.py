@@ -1,0 +1,1 @@
+"""Engine, trainer, checkpoints, meters."""

@@ -1,0 +1,1 @@
+"""Commands that need torch, started by launch as child processes."""

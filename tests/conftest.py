@@ -1,0 +1,31 @@
+"""Options and fixtures shared by all tests."""
+
+from pathlib import Path
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    # pytest's own --fixtures lists fixtures; it stays reachable as --funcargs. Name the folder `tests` after
+    # DIR on the command line: pytest reads its arguments once before this file is loaded.
+    parser.optparser.conflict_handler = "resolve"
+    group = parser.getgroup("cogview2")
+    group.addoption(
+        "--fixtures",
+        dest="fixtures_dir",
+        metavar="DIR",
+        type=Path,
+        help="folder that holds golden/ and data/",
+    )
+
+
+@pytest.fixture(scope="session")
+def fixtures(request: pytest.FixtureRequest) -> Path:
+    """The folder of reference tensors and data sets; tests that need it are skipped without it."""
+    folder: Path | None = request.config.getoption("fixtures_dir")
+    if folder is None:
+        pytest.skip("needs --fixtures DIR, a folder that holds golden/ and data/")
+    missing = [name for name in ("golden", "data") if not (folder / name).is_dir()]
+    if missing:
+        pytest.skip(f"--fixtures {folder} does not hold {' and '.join(missing)}")
+    return folder.resolve()

@@ -1,0 +1,75 @@
+"""Checks the floors of the quickstart: every stage is done, losses are finite, and training lowered them."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from cogview2.launch.cascade import built_stages
+from cogview2.pipeline.run_dir import RunDirectory, units
+
+# Figures of evaluation.json by dotted key, with the least value that the quickstart must reach.
+FLOORS: dict[str, float] = {}
+
+
+def losses(path: Path) -> list[float]:
+    """Return the losses of a metrics.jsonl, in order."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [float(line["loss"]) for line in lines if line.get("loss") is not None]
+
+
+def fell(values: list[float]) -> bool:
+    """Return whether the last quarter of the losses is lower on average than the first."""
+    quarter = max(1, len(values) // 4)
+    return sum(values[-quarter:]) < sum(values[:quarter])
+
+
+def value_at(content: Any, dotted: str) -> Any:
+    """Return the value of nested dicts at a dotted key, or None."""
+    for name in dotted.split("."):
+        content = content.get(name) if isinstance(content, dict) else None
+    return content
+
+
+def problems(run: RunDirectory) -> list[str]:
+    """Return one sentence for each floor that the run misses."""
+    found: list[str] = [] if built_stages() else ["no stage is built"]
+    for stage in built_stages():
+        for unit in units(stage):
+            if run.stage(unit).done() is None:
+                found.append(f"stage {unit} has no DONE record")
+                continue
+            metrics = run.stage(unit).metrics
+            values = losses(metrics) if metrics.exists() else []
+            if not all(math.isfinite(value) for value in values):
+                found.append(f"stage {unit} logged a loss that is not finite")
+            elif len(values) > 1 and not fell(values):
+                found.append(f"the loss of stage {unit} went from {values[0]:.4g} to {values[-1]:.4g}")
+    evaluation = run.path / "evaluation.json"
+    if not evaluation.exists():
+        evaluation = run.stage("evaluate").output / "evaluation.json"
+    if evaluation.exists():
+        figures = json.loads(evaluation.read_text(encoding="utf-8"))
+        for key, floor in FLOORS.items():
+            value = value_at(figures, key)
+            if not isinstance(value, int | float) or not value >= floor:
+                found.append(f"{key} is {value}, the floor is {floor}")
+    elif "evaluate" in built_stages():
+        found.append(f"{evaluation} is missing")
+    return found
+
+
+def main() -> int:
+    """Print the verdict on the run given as the first argument; 1 when a floor is missed."""
+    run = RunDirectory(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart"))
+    found = problems(run)
+    for sentence in found:
+        print(f"quickstart gate: {sentence}")
+    if not found:
+        print(f"quickstart gate: passed ({len(built_stages())} stages)")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""DeepSpeed JSON files are checked against a typed list of keys, and never contradict the recipe."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cogview2 import ds_configs
+from cogview2.pipeline.config.deepspeed import accumulation_steps, read_json, resolve
+from cogview2.pipeline.config.deepspeed_schema import DeepSpeedJson
+from cogview2.pipeline.config.problems import all_keys, dotted
+from cogview2.pipeline.config.training import TrainConfig
+from cogview2.pipeline.errors import ConfigError
+
+GOOD: dict[str, Any] = {"train_micro_batch_size_per_gpu": 2, "zero_optimization": {"stage": 1}}
+
+
+def train(**values: Any) -> TrainConfig:
+    return TrainConfig.model_validate({"steps": 10, "global_batch": 16, "deepspeed": "debug"} | values)
+
+
+def write(tmp_path: Path, content: Any) -> str:
+    path = tmp_path / "my.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ds_configs.names())
+def test_every_shipped_json_is_valid_and_holds_no_knob_of_the_recipe(name: str) -> None:
+    assert read_json(name).zero_optimization.stage in (0, 1, 2, 3)
+
+
+def test_the_resolved_configuration() -> None:
+    config = resolve(
+        "debug", train(optimizer={"learning_rate": 3e-4, "betas": [0.9, 0.99], "gradient_clipping": 0.5}), 4
+    )
+    assert config["train_micro_batch_size_per_gpu"] == 2
+    assert config["gradient_accumulation_steps"] == 2
+    assert config["train_batch_size"] == 16
+    assert config["gradient_clipping"] == 0.5
+    assert config["optimizer"] == {
+        "type": "AdamW",
+        "params": {
+            "torch_adam": True,
+            "adam_w_mode": True,
+            "lr": 3e-4,
+            "betas": [0.9, 0.99],
+            "eps": 1e-8,
+            "weight_decay": 0.01,
+        },
+    }
+    assert config["pipeline"]["use_reentrant"] is False
+    assert config["steps_per_print"] > 10**8
+    json.dumps(config, allow_nan=False)
+
+
+def test_pipe_stages_leave_fewer_data_parallel_ranks() -> None:
+    assert resolve("coglm_tiny_pp", train(pipeline_parallel=2), 4)["gradient_accumulation_steps"] == 2
+
+
+def test_the_cpu_needs_no_compiled_optimizer() -> None:
+    batch = train(global_batch=4096)
+    assert resolve("coglm_zero3", batch, 8)["optimizer"]["params"]["torch_adam"] is False
+    assert resolve("coglm_zero3", batch, 8, cpu=True)["optimizer"]["params"]["torch_adam"] is True
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "micro", "data_parallel", "expected"), [(16, 2, 4, 2), (16, 16, 1, 1), (4096, 4, 2, 512)]
+)
+def test_accumulation(global_batch: int, micro: int, data_parallel: int, expected: int) -> None:
+    assert accumulation_steps(train(global_batch=global_batch), micro, data_parallel) == expected
+
+
+@pytest.mark.parametrize(
+    ("global_batch", "micro", "data_parallel", "parts"),
+    [
+        (18, 4, 2, ["18", "micro batch 4 x 2", "= 8", "16 or 24", "a micro batch of 3"]),
+        (3, 4, 2, ["3", "= 8", "global batch of 8"]),
+        (12, 4, 2, ["8 or 16", "micro batch of 3"]),
+    ],
+)
+def test_a_remainder_is_refused_with_what_fits(
+    global_batch: int, micro: int, data_parallel: int, parts: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        accumulation_steps(train(global_batch=global_batch), micro, data_parallel)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "values", "world", "parts"),
+    [
+        ({"train_batch_size": 16}, {}, 2, ["'train_batch_size' = 16", "recipe", "train.global_batch"]),
+        ({"gradient_accumulation_steps": 2}, {}, 2, ["gradient_accumulation_steps", "train.global_batch"]),
+        ({"gradient_clipping": 1.0}, {}, 2, ["gradient_clipping", "train.optimizer.gradient_clipping"]),
+        (
+            {"optimizer": {"params": {"lr": 1}}},
+            {},
+            2,
+            ["optimizer.params.lr = 1", "train.optimizer.learning_rate"],
+        ),
+        (
+            {"zero_optimization": {"stage": 2}},
+            {"pipeline_parallel": 2},
+            2,
+            ["stage 2", "pipeline_parallel 2", "use stage 1"],
+        ),
+        ({"zero_optimization": {"stage": 3}}, {"pipeline_parallel": 2}, 2, ["stage 3", "use stage 1"]),
+        (
+            {"zero_optimization": {"stage": 0}},
+            {"pipeline_parallel": 2},
+            2,
+            ["stage 0", "clips", "use stage 1"],
+        ),
+        ({"zero_optimization": {"stage": 0}, "bf16": {}}, {}, 2, ["bf16", "stage 0", "use stage 1"]),
+        ({"bf16": {}, "fp16": {}}, {}, 2, ["more than one", "keep one"]),
+        (
+            {"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}},
+            {},
+            2,
+            ["offload_param", "stage 3"],
+        ),
+        (
+            {"zero_optimization": {"stage": 4}},
+            {},
+            2,
+            ["zero_optimization.stage is 4", "less than or equal to 3"],
+        ),
+        ({}, {"pipeline_parallel": 3}, 4, ["pipeline_parallel 3", "4 ranks", "multiple of 3"]),
+        ({"optimiser": {}}, {}, 2, ["unknown key 'optimiser'", "did you mean 'optimizer'?"]),
+        (
+            {"zero_optimization": {"stage": 1, "overlap_com": True}},
+            {},
+            2,
+            ["did you mean 'zero_optimization.overlap_comm'"],
+        ),
+        ({"optimizer": {"type": "Adam"}}, {}, 2, ["optimizer.type is 'Adam'", "'AdamW'"]),
+    ],
+)
+def test_contradictions_are_refused(
+    tmp_path: Path, change: dict[str, Any], values: dict[str, Any], world: int, parts: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve(write(tmp_path, GOOD | change), train(**values), world)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"a": 1, "a": 2}', "stands twice"),
+        ("{", "not valid JSON"),
+        ("[]", "holds no keys"),
+        ("[" * 100_000, "not valid JSON"),
+        ("{}", "key 'train_micro_batch_size_per_gpu' is missing"),
+    ],
+)
+def test_broken_json_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        read_json(write(tmp_path, text))
+
+
+def test_an_unknown_name_lists_those_that_exist(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no DeepSpeed configuration 'debgu'; there are: .*debug"):
+        read_json("debgu")
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_json(str(tmp_path / "none.json"))
+
+
+@pytest.mark.parametrize("path", list(all_keys(DeepSpeedJson)), ids=dotted)
+def test_a_letter_left_out_of_any_key_is_refused(tmp_path: Path, path: tuple[str, ...]) -> None:
+    content: dict[str, Any] = json.loads(json.dumps(GOOD))
+    section = content
+    for name in path[:-1]:
+        section = section.setdefault(name, {})
+    section[path[-1][1:]] = 1
+    with pytest.raises(ConfigError, match="unknown key .*did you mean"):
+        read_json(write(tmp_path, content))

@@ -1,0 +1,220 @@
+"""A run directory knows what is done, from what, and who works in it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cogview2.pipeline.attempt import redacted
+from cogview2.pipeline.config.loading import load_recipe
+from cogview2.pipeline.config.stages import STAGES, Recipe
+from cogview2.pipeline.errors import LockedError, RunDirectoryError
+from cogview2.pipeline.run_dir import DEPENDENCIES, RunDirectory, StageDirectory, recipe_parts, section, units
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return load_recipe("quickstart", [])
+
+
+@pytest.fixture
+def run(tmp_path: Path, recipe: Recipe) -> RunDirectory:
+    return RunDirectory(tmp_path / "runs" / "r").create(recipe)
+
+
+def finish(run: RunDirectory, recipe: Recipe, unit: str, content: str = "x") -> None:
+    stage = run.stage(unit).create()
+    (stage.output / "result.bin").write_text(content)
+    stage.write_done(run.inputs(unit), stage.output_files(), run.fingerprint(recipe, unit))
+
+
+def test_create_and_load(run: RunDirectory, recipe: Recipe) -> None:
+    assert run.exists() and run.started_path.exists()
+    assert run.load_recipe() == recipe
+    assert RunDirectory(run.path).load_recipe() == recipe
+
+
+def test_a_foreign_folder_is_refused(tmp_path: Path, recipe: Recipe) -> None:
+    (tmp_path / "thesis.tex").write_text("")
+    with pytest.raises(RunDirectoryError, match="not empty .*thesis.tex.*--name or --runs-dir"):
+        RunDirectory(tmp_path).create(recipe)
+    with pytest.raises(RunDirectoryError, match="no recipe.yaml"):
+        RunDirectory(tmp_path).load_recipe()
+
+
+def test_done_is_the_record_and_its_files(run: RunDirectory, recipe: Recipe) -> None:
+    stage = run.stage("train_tokenizer")
+    assert stage.done() is None and not run.is_done("train_tokenizer")
+    finish(run, recipe, "train_tokenizer")
+    record = stage.done()
+    assert record is not None and run.is_done("train_tokenizer")
+    assert list(record.outputs) == ["output/result.bin"]
+    assert record.versions["cogview2"]
+    stage.check_outputs(record)
+    (stage.output / "result.bin").write_text("longer")
+    with pytest.raises(RunDirectoryError, match="has 6 bytes, but .* made 1 bytes; restore it, or delete"):
+        stage.check_outputs(record)
+    (stage.output / "result.bin").unlink()
+    with pytest.raises(RunDirectoryError, match="is gone"):
+        stage.check_outputs(record)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"stage": "x", "outputs": {}}', "null"])
+def test_a_damaged_record_is_refused_not_believed(run: RunDirectory, text: str) -> None:
+    stage = run.stage("train_tokenizer").create()
+    stage.done_path.write_text(text)
+    with pytest.raises(RunDirectoryError, match="damaged .*delete it"):
+        stage.done()
+
+
+def test_unfinished_files_are_no_output(run: RunDirectory) -> None:
+    stage = run.stage("shard_dataset").create()
+    for name in ("a.tar", ".tmp.b.tar.00", ".hidden/c"):
+        (stage.output / name).parent.mkdir(exist_ok=True)
+        (stage.output / name).write_text("")
+    assert [path.name for path in stage.output_files()] == ["a.tar"]
+
+
+def test_fingerprints_follow_settings_seed_and_inputs(run: RunDirectory, recipe: Recipe) -> None:
+    finish(run, recipe, "train_tokenizer")
+    finish(run, recipe, "train_vqvae")
+    before = run.fingerprint(recipe, "shard_dataset")
+    assert run.fingerprint(recipe, "shard_dataset") == before
+    assert run.fingerprint(load_recipe("quickstart", ["evaluate.captions=777"]), "shard_dataset") == before
+    assert run.fingerprint(load_recipe("quickstart", ["seed=777"]), "shard_dataset") != before
+    assert run.fingerprint(load_recipe("quickstart", ["data.held_out=777"]), "shard_dataset") != before
+    finish(run, recipe, "train_vqvae", content="other weights")
+    assert run.fingerprint(recipe, "shard_dataset") != before
+
+
+def test_stale(run: RunDirectory, recipe: Recipe) -> None:
+    stage = run.stage("train_tokenizer")
+    assert not stage.is_stale("anything")
+    finish(run, recipe, "train_tokenizer")
+    assert not stage.is_stale(run.fingerprint(recipe, "train_tokenizer"))
+    assert stage.is_stale("anything")
+
+
+def test_the_two_models_of_superres_are_done_one_by_one(run: RunDirectory, recipe: Recipe) -> None:
+    assert units("finetune_superres") == ["finetune_superres/direct", "finetune_superres/iterative"]
+    direct = run.fingerprint(recipe, "finetune_superres/direct")
+    other = load_recipe("quickstart", [f"iterative_sr.train.steps={recipe.iterative_sr.train.steps + 1}"])
+    assert run.fingerprint(other, "finetune_superres/direct") == direct
+    finish(run, recipe, "finetune_superres/direct")
+    assert not run.is_done("finetune_superres")
+    finish(run, recipe, "finetune_superres/iterative")
+    assert run.is_done("finetune_superres")
+    assert "finetune_superres/direct/output/result.bin" in run.inputs("evaluate")
+
+
+def test_tables_agree_with_the_recipe(recipe: Recipe) -> None:
+    assert list(DEPENDENCIES) == list(STAGES)
+    order = list(STAGES)
+    for stage, needed in DEPENDENCIES.items():
+        assert all(order.index(name) < order.index(stage) for name in needed)
+        for unit in units(stage):
+            for key in recipe_parts(unit):
+                section(recipe, key)
+
+
+def test_attempts_are_numbered(run: RunDirectory) -> None:
+    stage = run.stage("train_vqvae")
+    assert stage.latest_attempt() is None
+    first, second = stage.new_attempt(), stage.new_attempt()
+    assert (first.path.name, second.path.name, second.number) == ("0001", "0002", 2)
+    assert stage.latest_attempt() is not None and stage.latest_attempt().path == second.path  # type: ignore[union-attr]
+    assert stage.attempt(1).path == first.path
+    with pytest.raises(RunDirectoryError):
+        stage.attempt(9)
+
+
+def test_outcomes_first_failure_by_time(run: RunDirectory) -> None:
+    attempt = run.stage("train_vqvae").new_attempt()
+    attempt.write_outcome(0, "error", 1, 3, "peer closed the connection")
+    attempt.write_outcome(1, "numeric", 70, 3, "loss is nan")
+    attempt.write_outcome(2, "done", 0, 3, "")
+    path = attempt.path / "outcome-rank-1.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"time": 1.0}))
+    (attempt.path / "outcome-rank-9.json").write_text("{half")
+    failure = attempt.first_failure()
+    assert failure is not None and (failure.rank, failure.code, failure.message) == (1, 70, "loss is nan")
+    assert len(attempt.outcomes()) == 3
+
+
+def test_secrets_are_not_recorded(run: RunDirectory) -> None:
+    environment = {
+        "HOME": "/h",
+        "HF_TOKEN": "t",
+        "AWS_SECRET_ACCESS": "s",
+        "api_key": "k",
+        "DB_PASSWORD": "p",
+    }
+    assert redacted(environment)["HOME"] == "/h"
+    assert [name for name, value in redacted(environment).items() if value == "(redacted)"] == [
+        "AWS_SECRET_ACCESS",
+        "DB_PASSWORD",
+        "HF_TOKEN",
+        "api_key",
+    ]
+    attempt = run.stage("train_vqvae").new_attempt()
+    attempt.write_command(["python", "a b"], environment)
+    assert (attempt.path / "command.txt").read_text() == "python 'a b'\n"
+    assert "hf" not in (attempt.path / "env.json").read_text().replace("HF_TOKEN", "")
+
+
+def test_heartbeat_survives_nan_and_parts(run: RunDirectory) -> None:
+    stage = run.stage("finetune_superres")
+    assert stage.heartbeat() is None
+    run.stage("finetune_superres/direct").create().write_heartbeat(3, 10, loss=float("nan"))
+    beat = stage.heartbeat()
+    assert beat is not None and (beat.stage, beat.step, beat.loss) == ("finetune_superres/direct", 3, None)
+    time.sleep(0.01)
+    run.stage("finetune_superres/iterative").create().write_heartbeat(1, 10, loss=0.5)
+    assert stage.heartbeat().stage == "finetune_superres/iterative"  # type: ignore[union-attr]
+    stage.heartbeat_path.write_text("{half")
+    assert stage.heartbeat().stage == "finetune_superres/iterative"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["../x", "Train", "a/b/c", "", "/etc"])
+def test_stage_names_are_checked(tmp_path: Path, name: str) -> None:
+    with pytest.raises(RunDirectoryError, match="not a stage name"):
+        StageDirectory(tmp_path, name)
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from cogview2.pipeline.run_dir import RunDirectory
+with RunDirectory(Path(sys.argv[1])).lock("a test"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_holder_named_to_the_other_and_freed_by_its_death(run: RunDirectory) -> None:
+    assert not run.is_locked()
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(run.path)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        assert run.is_locked()
+        begin = time.monotonic()
+        with (
+            pytest.raises(LockedError, match=rf"process {process.pid} on host .*\(a test\)") as caught,
+            run.lock("x"),
+        ):
+            pass
+        assert time.monotonic() - begin < 2
+        assert caught.value.exit_code == 75
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    with run.lock("second"):
+        assert run.is_locked()
+    assert not run.is_locked()
