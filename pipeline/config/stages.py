@@ -76,6 +76,8 @@ class ObjectiveConfig(Config):
     """Share of pure-text samples in a batch."""
     caption_ratio: Annotated[float, Field(ge=0, le=1)] = 0.3
     """Of the text-image samples, the share trained as captioning with masked patches; the rest as generation."""
+    captions_per_row: Literal["all", "one"] = "all"
+    """Captions that share the text slots of a sample: every language (as published), or one drawn at random."""
     patch_mode: Literal["released", "paper"] = "released"
     """Masked 4x4 patches: a fixed number (released, about 52 % of the image), or until 75 % is covered (paper)."""
 

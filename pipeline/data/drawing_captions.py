@@ -13,7 +13,7 @@ _ZH_SHAPES = {
     "square": ("正方形", "方块"),
     "triangle": ("三角形",),
     "cross": ("十字",),
-    "diamond": ("菱形",),
+    "rectangle": ("长方形",),
 }
 _ZH_SIZES = {"small": "小", "large": "大"}
 _ZH_BACKGROUNDS = {"white": "白色", "grey": "灰色", "beige": "米色"}

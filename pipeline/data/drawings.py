@@ -25,14 +25,14 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (140, 60, 175),
     "black": (35, 35, 35),
 }
-SHAPES = ("circle", "square", "triangle", "cross", "diamond")
+SHAPES = ("circle", "square", "triangle", "cross", "rectangle")
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {"white": (252, 252, 252), "grey": (200, 200, 200), "beige": (245, 225, 190)}
-SIZES: dict[str, float] = {"small": 0.16, "large": 0.22}
+SIZES: dict[str, float] = {"small": 0.15, "large": 0.2}
 """Half the side of an object / side of the picture."""
 PLACES: dict[str, tuple[float, float]] = {
-    "middle": (0.5, 0.5), "left": (0.27, 0.5), "right": (0.73, 0.5), "top": (0.5, 0.27), "bottom": (0.5, 0.73)
+    "middle": (0.5, 0.5), "left": (0.26, 0.5), "right": (0.74, 0.5), "top": (0.5, 0.26), "bottom": (0.5, 0.74)
 }  # fmt: skip
-JITTER = 0.02
+JITTER = 0.015
 """Largest shift of a centre / side of the picture, each way."""
 _SUPERSAMPLING = 3
 
@@ -65,10 +65,10 @@ def outline(shape: str, x: float, y: float, half: float) -> list[tuple[float, fl
     corners = {
         "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
         "triangle": [(0, -1), (1, 0.85), (-1, 0.85)],
-        "diamond": [(0, -1.1), (0.8, 0), (0, 1.1), (-0.8, 0)],
+        "rectangle": [(-1, -0.5), (1, -0.5), (1, 0.5), (-1, 0.5)],
         "cross": [
-            (-0.36, -1), (0.36, -1), (0.36, -0.36), (1, -0.36), (1, 0.36), (0.36, 0.36),
-            (0.36, 1), (-0.36, 1), (-0.36, 0.36), (-1, 0.36), (-1, -0.36), (-0.36, -0.36),
+            (-0.32, -1), (0.32, -1), (0.32, -0.32), (1, -0.32), (1, 0.32), (0.32, 0.32),
+            (0.32, 1), (-0.32, 1), (-0.32, 0.32), (-1, 0.32), (-1, -0.32), (-0.32, -0.32),
         ],
     }[shape]  # fmt: skip
     return [(x + half * dx, y + half * dy) for dx, dy in corners]
@@ -112,7 +112,7 @@ def draw_scene(rng: np.random.Generator, pairs: list[tuple[str, str]], max_objec
         centres = [PLACES[arrangement]]
     else:
         arrangement = str(rng.choice(["row", "column"]))
-        along = [0.27, 0.73] if count == 2 else [0.18, 0.5, 0.82]
+        along = [0.26, 0.74] if count == 2 else [0.18, 0.5, 0.82]
         centres = [(a, 0.5) if arrangement == "row" else (0.5, a) for a in along]
     objects = tuple(
         Drawn(colour, shape, size, x + float(rng.uniform(-JITTER, JITTER)), y + float(rng.uniform(-JITTER, JITTER)))

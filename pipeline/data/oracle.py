@@ -98,7 +98,7 @@ def read_picture(pixels: np.ndarray) -> Reading:
             break
         colour = _nearest(np.median(image[blob], axis=0), COLOURS)
         rows, columns = np.flatnonzero(blob.any(1)), np.flatnonzero(blob.any(0))
-        half = (len(rows) + len(columns)) / 4 / side
+        half = max(len(rows), len(columns)) / 2 / side
         size = min(SIZES, key=lambda name: abs(SIZES[name] - half))
         centre_x, centre_y = (columns[0] + columns[-1] + 1) / 2 / side, (rows[0] + rows[-1] + 1) / 2 / side
         objects.append(Seen(colour, _shape_of(blob), size, float(centre_x), float(centre_y)))

@@ -1,0 +1,96 @@
+"""Process group: start, stop, and the few collectives on plain objects."""
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from cogview2.pipeline.errors import LaunchError
+
+T = TypeVar("T")
+_TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """Who this process is among the ranks of the job."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, the one that writes shared files."""
+        return self.rank == 0
+
+
+def world_from_environment() -> World:
+    """Read RANK, WORLD_SIZE and LOCAL_RANK, which the launcher sets; a process started by hand is alone.
+
+    Raises:
+        LaunchError: a value is no number, or the rank is outside the world.
+    """
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    try:
+        values = {name: int(os.environ.get(name, default)) for name, default in names.items()}
+    except ValueError as error:
+        raise LaunchError(f"the launcher set a rank variable to no number ({error}); start with cogview2 run") from error
+    if not 0 <= values["RANK"] < values["WORLD_SIZE"]:
+        raise LaunchError(f"RANK {values['RANK']} is outside WORLD_SIZE {values['WORLD_SIZE']}; start with cogview2 run")
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    device = torch.device("cuda", values["LOCAL_RANK"]) if cuda else torch.device("cpu")
+    return World(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"], device)
+
+
+@contextmanager
+def process_group(world: World) -> Iterator[World]:
+    """Hold DeepSpeed's process group open: gloo on CPUs, NCCL on GPUs."""
+    import deepspeed
+    import deepspeed.ops
+
+    # Its JIT build takes a minute at the first start, and a killed build leaves a lock on which all later jobs hang.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    for name, value in (("RANK", world.rank), ("WORLD_SIZE", world.size), ("LOCAL_RANK", world.local_rank)):
+        os.environ.setdefault(name, str(value))
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(backend, timeout=_TIMEOUT, dist_init_required=True, verbose=False)
+    try:
+        yield world
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def broadcast_object(value: T, source: int = 0) -> T:
+    """Return the value that rank `source` holds, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, source)
+    return box[0]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return the values of all ranks, in rank order, on every rank."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()

@@ -1,0 +1,233 @@
+"""Micro batches of each training stage: pure functions of the step, over pictures or token shards."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from cogview2.pipeline.config.data import DataConfig
+from cogview2.pipeline.config.model import CogLMConfig, DirectSRConfig, IterativeSRConfig
+from cogview2.pipeline.config.stages import ObjectiveConfig
+from cogview2.pipeline.data.images import open_image, square, to_array
+from cogview2.pipeline.data.loader import StepLoader, sample_rng
+from cogview2.pipeline.data.objectives import (
+    Sample,
+    compose_row,
+    direct_sr_sample,
+    iterative_sr_sample,
+    text_image_sample,
+    text_sample,
+)
+from cogview2.pipeline.data.records import TokenPair
+from cogview2.pipeline.data.sample_plan import SamplePlan
+from cogview2.pipeline.data.shard_index import ShardIndex
+from cogview2.pipeline.data.sources import Source
+from cogview2.pipeline.errors import ConfigError, DataError
+from cogview2.pipeline.tokenizers.vocabulary import Vocabulary
+from cogview2.pipeline.training.modules import Batch
+
+_CACHE_BYTES = 512 * 1024 * 1024
+
+
+def _cut(batch: list[Batch], accumulation: int) -> list[Batch]:
+    """Stack samples and cut them into `accumulation` micro batches."""
+    size = len(batch) // accumulation
+    names = batch[0].keys()
+    return [
+        {name: torch.stack([sample[name] for sample in batch[k : k + size]]) for name in names}
+        for k in range(0, len(batch), size)
+    ]
+
+
+class ImageBatches:
+    """Training pictures for the VQVAE; the kind of picture (DataConfig, image_sizes) changes with the step."""
+
+    def __init__(
+        self,
+        source: Source,
+        usable: list[int],
+        data: DataConfig,
+        kinds: tuple[str, ...],
+        *,
+        seed: int,
+        global_batch: int,
+        accumulation: int,
+        data_rank: int,
+        data_size: int,
+    ) -> None:
+        """Read the pictures `usable` of `source`, which are known to decode."""
+        if not usable:
+            raise DataError(f"no usable picture for training in {source.description}; check data.source and data.images")
+        self._source, self._usable, self._data, self._kinds = source, usable, data, kinds
+        self._seed, self._accumulation = seed, accumulation
+        self.plan = SamplePlan([len(usable)], seed)
+        self.dataset_sha256 = source.fingerprint
+        self._loader = StepLoader(self._read, self.plan, global_batch, data_rank, data_size)
+        self._cache: dict[int, np.ndarray] = {}
+
+    def _read(self, index: int) -> np.ndarray:
+        """Return picture `index` at full size, uint8 [3, S, S]; decoded pictures are kept while they fit."""
+        pixels = self._cache.get(index)
+        if pixels is None:
+            pixels = load_pixels(self._source, self._usable[index], self._data)
+            if (len(self._cache) + 1) * pixels.nbytes <= _CACHE_BYTES:
+                self._cache[index] = pixels
+        return pixels
+
+    def step(self, step: int) -> list[Batch]:
+        """Return the micro batches of update `step`: {"pixels"}."""
+        kind = self._kinds[step % len(self._kinds)]
+        places = self._loader.positions(step)
+        pixels = torch.from_numpy(np.stack(self._loader.step(step))).float() / 255
+        side = self._data.base_size
+        if kind == "base":
+            pixels = downsample(pixels, side)
+        elif kind == "crop":
+            pixels = torch.stack([self._crop(p, epoch, index) for p, (epoch, index) in zip(pixels, places, strict=True)])
+        return _cut([{"pixels": picture} for picture in pixels], self._accumulation)
+
+    def _crop(self, picture_CHW: torch.Tensor, epoch: int, index: int) -> torch.Tensor:
+        rng = sample_rng(self._seed, epoch, str(index), "crop")
+        side = self._data.base_size
+        top, left = rng.integers(0, picture_CHW.shape[-1] - side + 1, size=2).tolist()
+        return picture_CHW[:, top : top + side, left : left + side]
+
+
+def downsample(pixels_BCHW: torch.Tensor, side: int) -> torch.Tensor:
+    """Reduce square pictures with antialiasing; float in, float out, clamped to [0, 1]."""
+    small = torch.nn.functional.interpolate(pixels_BCHW, size=(side, side), mode="bilinear", antialias=True)
+    return small.clamp(0, 1)
+
+
+def load_pixels(source: Source, index: int, data: DataConfig) -> np.ndarray:
+    """Return record `index` as uint8 [3, S, S] at full size.
+
+    Raises:
+        RefusedError: the picture cannot be used.
+    """
+    pair = source.read(index)
+    image = open_image(pair.image, data.images, data.images.min_side or data.base_size)
+    return to_array(square(image, data.superres_size))
+
+
+def _to_batch(samples: list[Sample], accumulation: int) -> list[Batch]:
+    fields = ("tokens", "position_ids", "labels", "loss_mask", "roles")
+    return _cut([{f: torch.from_numpy(getattr(sample, f)) for f in fields} for sample in samples], accumulation)
+
+
+class PairBatches:
+    """Samples made from token pairs of shards by a function of the pair and its own random generator."""
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        make: Callable[[TokenPair, np.random.Generator], Sample],
+        salt: str,
+        *,
+        seed: int,
+        global_batch: int,
+        accumulation: int,
+        data_rank: int,
+        data_size: int,
+        only_superres: bool = False,
+    ) -> None:
+        """Read pairs in the order of the plan; `only_superres` leaves out pairs without high-resolution codes."""
+        self._index, self._make, self._salt = index, make, salt
+        self._seed, self._accumulation = seed, accumulation
+        numbers = range(len(index))
+        self._numbers = [i for i in numbers if index.locate(i)[1].has_superres] if only_superres else list(numbers)
+        if not self._numbers:
+            raise DataError(
+                "no sample of the shards has high-resolution codes: every picture is smaller than the final size; "
+                "set data.base_size or data.superres_ratio lower"
+            )
+        sizes = index.sizes if len(self._numbers) == len(index) else [len(self._numbers)]
+        self.plan = SamplePlan(sizes, seed)
+        self.dataset_sha256 = index.fingerprint
+        self._loader = StepLoader(lambda i: index.read(self._numbers[i]), self.plan, global_batch, data_rank, data_size)
+
+    def samples(self, step: int) -> list[Sample]:
+        """Return this rank's samples of update `step`."""
+        places = self._loader.positions(step)
+        pairs = self._loader.step(step)
+        return [
+            self._make(pair, sample_rng(self._seed, epoch, pair.key, self._salt))
+            for pair, (epoch, _) in zip(pairs, places, strict=True)
+        ]
+
+    def step(self, step: int) -> list[Batch]:
+        """Return the micro batches of update `step`."""
+        return _to_batch(self.samples(step), self._accumulation)
+
+
+class MixedBatches:
+    """Pairs and pure text in a fixed share of every global batch."""
+
+    def __init__(self, pairs: PairBatches, text: ShardIndex, *, seed: int, text_batch: int, accumulation: int, data_rank: int, data_size: int) -> None:
+        """Add `text_batch` samples of `text` (over all ranks) to each step of `pairs`."""
+        self._pairs, self._text, self._seed, self._accumulation = pairs, text, seed, accumulation
+        self.plan, self.dataset_sha256 = pairs.plan, pairs.dataset_sha256
+        self._text_plan = SamplePlan(text.sizes, seed)
+        self._loader = StepLoader(text.read_text, self._text_plan, text_batch, data_rank, data_size)
+
+    def step(self, step: int) -> list[Batch]:
+        """Return the micro batches of update `step`, each with its share of both."""
+        places = self._loader.positions(step)
+        rows = self._loader.step(step)
+        samples = [
+            text_sample(row, sample_rng(self._seed, epoch, str(index), "text"))
+            for row, (epoch, index) in zip(rows, places, strict=True)
+        ]
+        pairs = self._pairs.samples(step)
+        # Round robin, so that every micro batch gets both kinds.
+        together = [s for k in range(self._accumulation) for s in (pairs[k :: self._accumulation] + samples[k :: self._accumulation])]
+        return _to_batch(together, self._accumulation)
+
+
+def text_share(global_batch: int, weight: float, ranks_times_accumulation: int) -> int:
+    """Return how many samples of a global batch are text: `weight` of it, a multiple of ranks x accumulation."""
+    if weight == 0:
+        return 0
+    units = round(weight * global_batch / ranks_times_accumulation)
+    if not 0 < units * ranks_times_accumulation < global_batch:
+        raise ConfigError(
+            f"coglm.objectives.text_weight {weight} of a global batch of {global_batch} is not between 1 and all of the "
+            f"{global_batch // ranks_times_accumulation} samples of a micro batch; change it or the batch"
+        )
+    return units * ranks_times_accumulation
+
+
+def _one_language(pair: TokenPair, rng: np.random.Generator) -> list[int]:
+    languages = sorted(pair.text_ids)
+    return [int(i) for i in pair.text_ids[languages[int(rng.integers(len(languages)))]]] if languages else []
+
+
+def coglm_sample(
+    pair: TokenPair, rng: np.random.Generator, *, objectives: ObjectiveConfig, config: CogLMConfig, vocabulary: Vocabulary
+) -> Sample:
+    """Make a text-image sample of CogLM; which captions share a row is the recipe's choice."""
+    if objectives.captions_per_row == "one":
+        captions = [_one_language(pair, rng)]
+    else:
+        # Chinese first, as stored by the published pipeline.
+        captions = [[int(i) for i in pair.text_ids[language]] for language in sorted(pair.text_ids, reverse=True)]
+    row = compose_row(captions, pair.base_codes, config.text_length, vocabulary)
+    return text_image_sample(row, rng, objectives=objectives, config=config, vocabulary=vocabulary)
+
+
+def direct_sample(
+    pair: TokenPair, rng: np.random.Generator, *, config: DirectSRConfig, coglm: CogLMConfig, vocabulary: Vocabulary
+) -> Sample:
+    """Make a sample of direct SR with one of the pair's captions."""
+    assert pair.superres_codes is not None
+    text = _one_language(pair, rng)
+    return direct_sr_sample(text, pair.base_codes, pair.superres_codes, config=config, coglm=coglm, vocabulary=vocabulary)
+
+
+def iterative_sample(
+    pair: TokenPair, rng: np.random.Generator, *, config: IterativeSRConfig, coglm: CogLMConfig, vocabulary: Vocabulary
+) -> Sample:
+    """Make a sample of iterative SR with one of the pair's captions."""
+    assert pair.superres_codes is not None
+    text = _one_language(pair, rng)
+    return iterative_sr_sample(text, pair.superres_codes, rng, config=config, coglm=coglm, vocabulary=vocabulary)

@@ -1,0 +1,64 @@
+"""Numbers of training: means over ranks, metrics.jsonl and TensorBoard."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from cogview2.pipeline import fsops
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Return the elementwise sum over all ranks; a new tensor."""
+    total = values.clone()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        backend = dist.get_backend()
+        moved = total.cuda() if backend == "nccl" else total
+        dist.all_reduce(moved)
+        total = moved.to(values.device)
+    return total
+
+
+class MetricsWriter:
+    """metrics.jsonl and TensorBoard of one model; used by rank 0 only."""
+
+    def __init__(self, jsonl: Path, tensorboard: Path, resumed_step: int) -> None:
+        """Append to both; lines after `resumed_step`, from steps that are trained again, are dropped."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._jsonl = jsonl
+        self._drop_after(resumed_step)
+        self._board = SummaryWriter(str(tensorboard), purge_step=resumed_step + 1)
+
+    def _drop_after(self, step: int) -> None:
+        if not self._jsonl.exists():
+            return
+        kept = []
+        for line in self._jsonl.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue  # the last line of a killed process may be torn
+        fsops.write_text(self._jsonl, "".join(f"{line}\n" for line in kept))
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Record the numbers of `step`."""
+        fsops.append_line(self._jsonl, json.dumps({"step": step} | values))
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def image(self, step: int, name: str, pixels_HWC: np.ndarray) -> None:
+        """Record a uint8 picture [H, W, 3]."""
+        self._board.add_image(name, pixels_HWC, step, dataformats="HWC")
+        self._board.flush()
+
+    def text(self, step: int, name: str, content: str) -> None:
+        """Record a text."""
+        self._board.add_text(name, content, step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._board.close()

@@ -1,0 +1,53 @@
+"""What the trainer needs to know of a model: a module that turns a micro batch into a loss."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """Loss of one micro batch, and sums and counts that add up over micro batches and ranks."""
+
+    loss: torch.Tensor
+    """Scalar with gradient."""
+    sums: torch.Tensor
+    """float32 [metrics], without gradient; order of TrainModule.metric_names."""
+    counts: torch.Tensor
+    """float32 [metrics]; mean = sum / count."""
+
+
+class TrainModule(nn.Module):
+    """A model with its loss. The engine wraps it whole, so that ZeRO sees every forward pass.
+
+    Subclasses set `model` (its state is what is exported) and implement forward(batch) -> LossOutput.
+    """
+
+    metric_names: tuple[str, ...] = ()
+    model: nn.Module
+
+    def forward(self, batch: Batch) -> LossOutput:
+        """Return the loss of one micro batch."""
+        raise TypeError(f"{type(self).__name__} does not define forward")
+
+    def begin_step(self, step: int, micro_batches: list[Batch]) -> None:
+        """Called on all ranks before update `step` (from 0)."""
+
+    def end_step(self, step: int) -> dict[str, float]:
+        """Called on all ranks after the update; may communicate. Returns further numbers to log, equal on all ranks."""
+        return {}
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Split the trainable parameters: no weight decay on vectors (biases, norms) and embeddings (spec 2.7)."""
+    decayed, plain = [], []
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            skip = parameter.ndim < 2 or id(parameter) in embeddings or "embeddings" in name
+            (plain if skip else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

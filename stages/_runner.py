@@ -1,0 +1,102 @@
+"""What every stage process does around its work: identity, logs, signals, lock, process group, outcome."""
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cogview2.pipeline import logging as our_logging
+from cogview2.pipeline.attempt import Attempt
+from cogview2.pipeline.config.stages import Recipe
+from cogview2.pipeline.distributed.process import World, process_group, world_from_environment
+from cogview2.pipeline.distributed.seeding import seed_everything
+from cogview2.pipeline.errors import CogView2Error, ExitCode, Preempted
+from cogview2.pipeline.run_dir import RunDirectory, StageDirectory
+from cogview2.pipeline.training.preemption import StopFlag
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """Everything that a stage gets."""
+
+    run: RunDirectory
+    recipe: Recipe
+    stage: StageDirectory
+    world: World
+    stop: StopFlag
+
+    def finish(self, unit: StageDirectory, extra: dict[str, object] | None = None) -> None:
+        """Write the DONE record of the stage or of a part of it; rank 0 only, last of all."""
+        unit.write_done(
+            self.run.inputs(unit.name), unit.output_files(), self.run.fingerprint(self.recipe, unit.name), extra
+        )
+
+
+Job = Callable[[StageContext], None]
+
+
+def run_stage(name: str, job: Job, *, collective: bool = True) -> None:
+    """Run `job` as this rank's part of stage `name`, and leave with its exit code.
+
+    Args:
+        name: of the stage.
+        job: the work.
+        collective: open the process group before the job; False leaves that to the job.
+    """
+    parser = argparse.ArgumentParser(prog=f"cogview2.stages.{name}")
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--attempt", type=int, required=True, help="number of the attempt, given by the launcher")
+    parser.add_argument("--local_rank", type=int, default=0, help="accepted from launchers; the environment counts")
+    arguments = parser.parse_args()
+    stop = StopFlag().install()
+    world = world_from_environment()
+    run = RunDirectory(arguments.run_dir)
+    stage = run.stage(name).create()
+    attempt = stage.attempt(arguments.attempt)
+    attempt.write_pid(world.rank)
+    our_logging.setup(logging.INFO, world.rank, attempt.rank_log(world.rank))
+    code = _guarded(attempt, world, lambda: _work(run, stage, world, stop, job, collective))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: after a failure, threads of gloo that wait for a dead peer would keep the process alive.
+    logging.shutdown()
+    os._exit(int(code))
+
+
+def _work(run: RunDirectory, stage: StageDirectory, world: World, stop: StopFlag, job: Job, collective: bool) -> None:
+    recipe = run.load_recipe()
+    context = StageContext(run, recipe, stage, world, stop)
+    seed_everything(recipe.seed, world.rank)
+    with contextlib.ExitStack() as stack:
+        if world.is_first:
+            stack.enter_context(stage.lock(f"stage {stage.name}"))
+        if collective:
+            stack.enter_context(process_group(world))
+            our_logging.quiet_libraries()
+        job(context)
+
+
+def _guarded(attempt: Attempt, world: World, work: Callable[[], None]) -> ExitCode:
+    """Run `work` and write this rank's outcome, whatever happens."""
+    try:
+        work()
+    except Preempted as error:
+        logger.warning("%s", error)
+        attempt.write_outcome(world.rank, "preempted", error.exit_code, None, str(error))
+        return error.exit_code
+    except CogView2Error as error:
+        logger.error("%s", error)
+        attempt.write_outcome(world.rank, type(error).__name__, error.exit_code, None, str(error))
+        return error.exit_code
+    except BaseException as error:  # the outcome must be written for every kind of end
+        logger.exception("unexpected error")
+        attempt.write_outcome(world.rank, type(error).__name__, ExitCode.FAILED, None, f"{type(error).__name__}: {error}")
+        return ExitCode.FAILED
+    attempt.write_outcome(world.rank, "done", ExitCode.DONE, None, "")
+    return ExitCode.DONE

@@ -1,0 +1,160 @@
+"""`cogview2 generate RUN "text" ...`: draw pictures for prompts with what a run has trained."""
+
+import argparse
+import datetime
+import io
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from cogview2.pipeline import fsops
+from cogview2.pipeline.errors import CogView2Error, DataError, ExitCode
+from cogview2.pipeline.sampling.text_to_image import Drawn, Picture
+from cogview2.stages._loading import load_text_to_image
+
+_SLUG_CHARACTERS = 40
+_CELL = 240
+_CAPTION_HEIGHT = 30
+_MARGIN = 8
+_CJK_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "PingFang.ttc", "msyh.ttc")
+"""Looked up in the system's font folders for captions that Pillow's own font cannot draw."""
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with our exit code for usage errors."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(ExitCode.USAGE, f"{self.prog}: error: {message}\n")
+
+
+def slug(text: str) -> str:
+    """Return `text` as part of a file name: letters and digits of any script, joined by hyphens."""
+    words = re.sub(r"[\W_]+", "-", text.lower()).strip("-")
+    return words[:_SLUG_CHARACTERS].rstrip("-") or "picture"
+
+
+def _font(text: str) -> Font | None:
+    """Return a font that can draw `text`, or None."""
+    try:
+        text.encode("latin-1")
+    except UnicodeEncodeError:
+        for name in _CJK_FONTS:
+            try:
+                return ImageFont.truetype(name, 16)
+            except OSError:
+                continue
+        return None
+    return ImageFont.load_default(16)
+
+
+def to_images(pixels_BCHW: torch.Tensor) -> list[Image.Image]:
+    """Return 8-bit pictures of float pixels in [0, 1]."""
+    bytes_BHWC = (pixels_BCHW * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    return [Image.fromarray(picture) for picture in bytes_BHWC]
+
+
+def sheet(prompts: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+    """Return one picture with a row for each prompt: its number and caption, then its pictures side by side.
+
+    A caption in a script that no installed font can draw is left out; its number remains.
+    """
+    columns = max(map(len, rows))
+    height = _CAPTION_HEIGHT + _CELL + _MARGIN
+    canvas = Image.new("RGB", (columns * (_CELL + _MARGIN) + _MARGIN, len(rows) * height), "white")
+    draw = ImageDraw.Draw(canvas)
+    for number, (prompt, pictures) in enumerate(zip(prompts, rows, strict=True)):
+        font = _font(prompt)
+        caption = f"{number:02d}" if font is None else f"{number:02d}  {' '.join(prompt.split())}"
+        font = font or ImageFont.load_default(16)
+        while draw.textlength(caption, font=font) > canvas.width - 2 * _MARGIN:
+            caption = caption[:-2].rstrip("\N{HORIZONTAL ELLIPSIS}") + "\N{HORIZONTAL ELLIPSIS}"
+        draw.text((_MARGIN, number * height + _MARGIN), caption, fill="black", font=font)
+        for column, picture in enumerate(pictures):
+            corner = (_MARGIN + column * (_CELL + _MARGIN), number * height + _CAPTION_HEIGHT)
+            canvas.paste(picture.resize((_CELL, _CELL), Image.Resampling.LANCZOS), corner)
+    return canvas
+
+
+def _write(path: Path, picture: Image.Image, facts: dict[str, str]) -> Path:
+    """Write a PNG that carries `facts` as text."""
+    info = PngInfo()
+    for key, value in facts.items():
+        info.add_itxt(key, value)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", pnginfo=info)
+    fsops.write_bytes(path, buffer.getvalue())
+    return path
+
+
+def write_pictures(folder: Path, prompts: Sequence[str], drawn: Drawn, seed: int) -> list[Path]:
+    """Write `NN-<slug>.png` (final), `NN-<slug>.<name>.png` of the passes before, and `sheet.png`.
+
+    Args:
+        folder: made if missing; files of the same names are replaced.
+        prompts: texts, one for each picture.
+        drawn: the pictures.
+        seed: recorded in the files.
+
+    Returns:
+        The paths: the final pictures, the others, the sheet.
+    """
+    fsops.make_dirs(folder)
+    # Without super-resolution the base pictures are the final ones.
+    names: tuple[Picture, ...] = drawn.pictures if drawn.direct_codes is not None else ("final",)
+    pictures = {name: to_images(drawn.pixels(name)) for name in names}
+    paths: list[Path] = []
+    for name in reversed(names):
+        for number, (prompt, picture) in enumerate(zip(prompts, pictures[name], strict=True)):
+            ending = "png" if name == "final" else f"{name}.png"
+            facts = {"Description": prompt, "Seed": str(seed), "Number": str(number), "Pass": name}
+            paths.append(_write(folder / f"{number:02d}-{slug(prompt)}.{ending}", picture, facts))
+    rows = list(zip(*(pictures[name] for name in names), strict=True))
+    paths.append(_write(folder / "sheet.png", sheet(prompts, rows), {"Seed": str(seed)}))
+    return paths
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(prog="cogview2 generate", description="Draw pictures for prompts.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="path of a run")
+    parser.add_argument("prompts", metavar="TEXT", nargs="+", help="what to draw, English or Chinese")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/generated/<time>")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    parser.add_argument(
+        "--weights", type=Path, metavar="FILE", help="CogLM weights; default: the run's final ones"
+    )
+    return parser.parse_args(argv)
+
+
+def _generate(arguments: argparse.Namespace) -> list[Path]:
+    empty = [number for number, prompt in enumerate(arguments.prompts) if not prompt.strip()]
+    if empty:
+        raise DataError(f"prompt {empty[0]} is empty; say what to draw")
+    text_to_image = load_text_to_image(arguments.run, coglm_weights=arguments.weights)
+    drawn = text_to_image.draw(arguments.prompts, arguments.seed)
+    moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = arguments.out or arguments.run / "generated" / moment
+    return write_pictures(folder, arguments.prompts, drawn, arguments.seed)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw, write and print the paths; return the exit code (errors.ExitCode)."""
+    try:
+        for path in _generate(_parse(argv)):
+            print(path)
+    except CogView2Error as error:
+        print(f"cogview2 generate: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    return int(ExitCode.DONE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,300 @@
+"""Stage evaluate: draw held-out captions through the whole cascade and measure the pictures (spec 9)."""
+
+import hashlib
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cogview2.pipeline import fsops
+from cogview2.pipeline.config.base import fingerprint
+from cogview2.pipeline.config.stages import Recipe
+from cogview2.pipeline.data.oracle import check, read_picture
+from cogview2.pipeline.data.records import TokenPair
+from cogview2.pipeline.data.sources import Source, open_source
+from cogview2.pipeline.distributed.process import barrier, broadcast_object
+from cogview2.pipeline.errors import ConfigError, DataError, Preempted
+from cogview2.pipeline.metrics.feature_network import FeatureNetwork
+from cogview2.pipeline.metrics.frechet import frechet_distance
+from cogview2.pipeline.metrics.inception_score import inception_score
+from cogview2.pipeline.metrics.reconstruction import l1, psnr, ssim
+from cogview2.pipeline.metrics.statistics import FeatureStatistics
+from cogview2.pipeline.run_dir import RunDirectory
+from cogview2.pipeline.sampling.text_to_image import TextToImage
+from cogview2.pipeline.training.batches import downsample, load_pixels
+from cogview2.pipeline.weights import WEIGHTS
+from cogview2.stages import _evaluation_work as work
+from cogview2.stages._evaluation_networks import choose_network
+from cogview2.stages._loading import load_text_to_image
+from cogview2.stages._pictures import grid, save_png
+from cogview2.stages._runner import StageContext, run_stage
+from cogview2.stages._selected_weights import Selected, select_weights
+
+logger = logging.getLogger(__name__)
+FORMAT = 1
+_SHOWN = 12
+
+
+def _digest(context: StageContext, selected: Selected, network: FeatureNetwork, pairs: dict[str, list[TokenPair]]) -> str:
+    """Return the identity of an evaluation: weights, captions and protocol."""
+    recipe = context.recipe
+    captions = hashlib.sha256(
+        json.dumps([[split, pair.key, pair.captions] for split, found in pairs.items() for pair in found]).encode()
+    ).hexdigest()
+    protocol = recipe.evaluate.model_dump(mode="json", exclude={"weights", "feature_network"})
+    return fingerprint(
+        {"format": FORMAT, "weights": selected.digests, "captions": captions, "protocol": protocol},
+        {"network": network.sha256, "sampling": recipe.sampling.model_dump(mode="json"), "seed": recipe.seed},
+    )
+
+
+def _originals(source: Source, recipe: Recipe, pairs: list[TokenPair]) -> np.ndarray:
+    """Return the pictures of pairs at full size, uint8 [B, 3, S, S]."""
+    numbers = {key: index for index, key in enumerate(source.keys)}
+    return np.stack([load_pixels(source, numbers[pair.key], recipe.data) for pair in pairs])
+
+
+class Evaluation:
+    """One evaluation of one set of weights under one protocol, in a folder of its own."""
+
+    def __init__(
+        self,
+        context: StageContext,
+        folder: Path,
+        pairs: dict[str, list[TokenPair]],
+        cascade: TextToImage,
+        network: FeatureNetwork,
+        source: Source,
+    ) -> None:
+        self.context, self.recipe, self.pairs = context, context.recipe, pairs
+        self.cascade, self.network, self.source = cascade, network, source
+        self.languages = tuple(self.recipe.data.languages)
+        self.units = work.plan_units(pairs, self.languages, self.recipe.evaluate.chunk)
+        self.pictures, self.features = work.Store(folder / "pictures"), work.Store(folder / "features")
+        self._started = time.monotonic()
+
+    def _mine(self, count: int) -> range:
+        return range(self.context.world.rank, count, self.context.world.size)
+
+    def _pause(self, done: int, total: int, message: str) -> None:
+        """Beat, and stop where nothing is lost."""
+        if self.context.stop.is_set:
+            raise Preempted(f"stopped by {self.context.stop.reason} while {message}; the same command goes on from there")
+        if self.context.world.is_first:
+            rate = done / max(time.monotonic() - self._started, 1e-9)
+            left = (total - done) / rate if done else None
+            self.context.stage.write_heartbeat(done, total, throughput=rate, unit="units/s", eta_seconds=left, message=message)
+
+    def draw(self) -> None:
+        """Draw this rank's units that are not drawn yet."""
+        splits = list(self.pairs)
+        for k in self._mine(len(self.units)):
+            unit = self.units[k]
+            self._pause(k, len(self.units), "drawing")
+            if not self.pictures.has(unit.name):
+                number = work.number_of(unit, splits.index(unit.split), self.languages)
+                arrays = work.draw_unit(unit, self.pairs[unit.split], number, self.cascade, self.recipe.seed)
+                self.pictures.write(unit.name, arrays)
+        barrier()
+
+    def extract(self) -> None:
+        """Extract the features of drawn and of original held-out pictures."""
+        radii = self.recipe.evaluate.blur_radii
+        drawn = [unit for unit in self.units if unit.split == "held_out"]
+        real = range(0, len(self.pairs.get("held_out", [])), self.recipe.evaluate.chunk)
+        jobs: list[tuple[str, Any]] = [(unit.name, unit) for unit in drawn] + [(f"real-{start:06d}", start) for start in real]
+        for k in self._mine(len(jobs)):
+            name, what = jobs[k]
+            self._pause(k, len(jobs), "extracting features")
+            if self.features.has(name):
+                continue
+            if isinstance(what, work.Unit):
+                images = self.pictures.read(name).get("final")
+            else:
+                images = _originals(self.source, self.recipe, self.pairs["held_out"][what : what + self.recipe.evaluate.chunk])
+            self.features.write(name, {} if images is None else work.features_of(images, self.network, radii))
+        barrier()
+        self._drawn_names, self._real_names = [u.name for u in drawn], [f"real-{start:06d}" for start in real]
+
+    def _statistics(self, names: list[str], radius: int) -> FeatureStatistics:
+        # In the order of the units, so that the sums do not depend on which rank did which.
+        total = FeatureStatistics(self.network.dim)
+        for name in names:
+            arrays = self.features.read(name)
+            if arrays:
+                total.update(torch.from_numpy(arrays[f"features_{radius}"]))
+        return total
+
+    def frechet(self) -> dict[str, Any]:
+        """Return FID at each blur radius, or why there is none."""
+        result: dict[str, Any] = {
+            "network": self.network.name,
+            "network_sha256": self.network.sha256,
+            "comparable_to_papers": self.network.comparable,
+            "reference": "held-out originals",
+        }
+        for radius in self.recipe.evaluate.blur_radii:
+            drawn, real = self._statistics(self._drawn_names, radius), self._statistics(self._real_names, radius)
+            few = min(drawn.count, real.count) <= self.network.dim
+            result |= {"drawn": drawn.count, "real": real.count}
+            if few and not self.recipe.evaluate.allow_few:
+                result["refused"] = (
+                    f"{min(drawn.count, real.count)} pictures are too few for {self.network.dim} feature dimensions; "
+                    "raise evaluate.captions and data.held_out, or set evaluate.allow_few"
+                )
+                break
+            result["too_few_pictures"] = few
+            result[f"fid_{radius}"] = frechet_distance(*drawn.mean_cov(), *real.mean_cov())
+        return result
+
+    def scores(self) -> dict[str, Any]:
+        """Return the inception score and the caption losses."""
+        logits = [self.features.read(name)["logits"] for name in self._drawn_names if "logits" in self.features.read(name)]
+        result: dict[str, Any] = {"inception_score": None}
+        if logits:
+            every = np.concatenate(logits)
+            order = np.random.default_rng(self.recipe.seed).permutation(len(every))
+            mean, deviation = inception_score(torch.from_numpy(every[order]), splits=min(10, len(every)))
+            result["inception_score"] = {"mean": mean, "deviation": deviation, "network": self.network.name}
+        else:
+            result["inception_score_missing"] = f"{self.network.name} has no classes"
+        losses: dict[str, Any] = {}
+        for language in self.languages:
+            parts = [self.pictures.read(u.name) for u in self.units if u.split == "held_out" and u.language == language]
+            for kind in ("caption_score", "real_caption_score"):
+                values = np.concatenate([part[kind] for part in parts if kind in part] or [np.zeros(0)])
+                if len(values):
+                    losses.setdefault(language, {})[kind.replace("score", "loss")] = float(-values.mean())
+        result["caption_loss"] = losses
+        return result
+
+    def reconstruction(self) -> dict[str, Any]:
+        """Return how well the VQVAE alone brings back the held-out originals, at both sizes."""
+        chosen = self.pairs.get("held_out", [])[:64]
+        if not chosen:
+            return {}
+        full = torch.from_numpy(_originals(self.source, self.recipe, chosen)).float() / 255
+        result = {}
+        for name, pixels in (("base", downsample(full, self.recipe.data.base_size)), ("full", full)):
+            tokenizer = self.cascade.image_tokenizer
+            rebuilt = torch.cat([tokenizer.decode(tokenizer.encode(part.to(tokenizer.device))).cpu() for part in pixels.split(16)])
+            metrics = {"l1": l1, "psnr": psnr, "ssim": ssim}
+            result[name] = {key: float(metric(rebuilt, pixels).mean()) for key, metric in metrics.items()}
+        return result
+
+    def accuracy(self) -> dict[str, Any] | None:
+        """Return how often the oracle finds what the caption states, where the source knows its facts."""
+        if not all("facts" in pair.metadata for found in self.pairs.values() for pair in found):
+            return None
+        table: dict[str, Any] = {}
+        details: dict[str, Any] = {}
+        for language in self.languages:
+            verdicts: dict[str, dict[str, list[dict[str, bool]]]] = {split: {} for split in self.pairs}
+            for unit in self.units:
+                if unit.language == language:
+                    arrays = self.pictures.read(unit.name)
+                    for name, found in work.oracle_unit(arrays, unit, self.pairs[unit.split]).items():
+                        verdicts[unit.split].setdefault(name, []).extend(found)
+            held_out = verdicts["held_out"]
+            table[language] = {name: work.share(found) for name, found in held_out.items()}
+            if "unseen" in verdicts:
+                table[language]["unseen_pairs"] = work.share(verdicts["unseen"]["final"])
+            details[language] = {
+                name: {key: work.share(found, key) for key in ("colour", "shape", "side", "size", "background")}
+                for name, found in held_out.items()
+            }
+        originals = _originals(self.source, self.recipe, self.pairs["held_out"])
+        right = [
+            check(read_picture(picture.transpose(1, 2, 0)), pair.metadata["facts"][self.languages[0]])
+            for picture, pair in zip(originals, self.pairs["held_out"], strict=True)
+        ]
+        return {"table": table, "details": details, "oracle_on_originals": work.share(right)}
+
+    def picture_grid(self) -> np.ndarray:
+        """Return drawn pictures of each language: base, direct and final in rows."""
+        rows = []
+        for language in self.languages:
+            arrays = self.pictures.read(next(u.name for u in self.units if u.language == language))
+            rows += [arrays[name][:_SHOWN].transpose(0, 2, 3, 1) for name in work.PASSES if name in arrays]
+        return grid(rows)
+
+
+def _record(evaluation: Evaluation, digest: str, selected: Selected) -> dict[str, Any]:
+    recipe = evaluation.recipe
+    accuracy = evaluation.accuracy()
+    record: dict[str, Any] = {
+        "format": FORMAT,
+        "digest": digest,
+        "weights": {"of": selected.name, "digests": selected.digests},
+        "protocol": recipe.evaluate.model_dump(mode="json") | {"seed": recipe.seed},
+        "captions": {split: len(found) for split, found in evaluation.pairs.items()},
+        "fid": evaluation.frechet(),
+        "reconstruction": evaluation.reconstruction(),
+    } | evaluation.scores()
+    if accuracy is not None:
+        record["caption_accuracy"] = accuracy["table"]
+        record["caption_accuracy_details"] = accuracy["details"]
+        record["oracle_on_originals"] = accuracy["oracle_on_originals"]
+    return dict(work.to_json(record))
+
+
+def _summary(record: dict[str, Any]) -> list[str]:
+    """Return the lines that `cogview2 run` prints last."""
+    fid = record["fid"].get("fid_0")
+    papers = "" if record["fid"]["comparable_to_papers"] else ", not comparable to papers"
+    lines = [] if fid is None else [f"FID-0 {fid:.4g} ({record['fid']['network'].partition(',')[0]}{papers})"]
+    for language, shares in record.get("caption_accuracy", {}).items():
+        if language == next(iter(record["caption_accuracy"])):
+            lines.append(f"oracle on original drawings {record['oracle_on_originals']:.1%}")
+        words = ", ".join(f"{name} {value:.1%}" for name, value in shares.items() if name != "final" and value is not None)
+        lines.append(f"caption accuracy {language}: {words}")
+    table = record.get("caption_accuracy", {})
+    if table:
+        lines.append("caption accuracy on final pictures: " + ", ".join(f"{lang} {shares['final']:.1%}" for lang, shares in table.items()))
+    return lines
+
+
+def job(context: StageContext) -> None:
+    """Evaluate the recipe's weights; an evaluation that exists already is taken as it is."""
+    recipe, stage, run, world = context.recipe, context.stage, context.run, context.world
+    selected = select_weights(context)
+    pairs = work.load_pairs(run, recipe)
+    if not pairs.get("held_out"):
+        raise DataError("nothing is held out for evaluation: the source has too few distinct pictures; add some")
+    source = open_source(recipe.data, recipe.seed)
+    network = choose_network(context, source)
+    digest = _digest(context, selected, network, pairs)
+    result_path = run.path / "evaluation" / f"{digest}.json"
+    folder = stage.path / "work" / digest
+    if not broadcast_object(result_path.is_file() if world.is_first else None):
+        if world.is_first:
+            fsops.make_dirs(folder)
+            fsops.make_dirs(result_path.parent)
+        barrier()
+        cascade = load_text_to_image(selected.run, device=world.device, coglm_weights=selected.coglm)
+        if cascade.image_tokenizer.rate * cascade.base_grid != recipe.data.base_size:
+            raise ConfigError(f"evaluate.weights {selected.name} draws pictures of another size than data.base_size {recipe.data.base_size}")
+        evaluation = Evaluation(context, folder, pairs, cascade, network, source)
+        with torch.no_grad():
+            evaluation.draw()
+            evaluation.extract()
+            if world.is_first:
+                record = _record(evaluation, digest, selected)
+                save_png(folder / "samples.png", evaluation.picture_grid())
+                fsops.write_json(result_path, record)
+    if world.is_first:
+        record = json.loads(result_path.read_text(encoding="utf-8"))
+        fsops.write_json(stage.output / "evaluation.json", record)
+        save = folder / "samples.png"
+        if save.is_file():
+            fsops.write_bytes(stage.output / "samples.png", save.read_bytes())
+        context.finish(stage, {"digest": digest, "summary": _summary(record)})
+    barrier()
+
+
+if __name__ == "__main__":
+    run_stage("evaluate", job)

@@ -1,0 +1,87 @@
+"""Stage pretrain_coglm: the language model over text and image codes, plain or pipeline parallel."""
+
+import logging
+from functools import partial
+from typing import Any
+
+from cogview2.pipeline.config.deepspeed import resolve
+from cogview2.pipeline.data.shard_index import ShardIndex
+from cogview2.pipeline.distributed.seeding import seed_everything
+from cogview2.pipeline.tokenizers.vocabulary import Vocabulary
+from cogview2.pipeline.training.batches import MixedBatches, PairBatches, coglm_sample, text_share
+from cogview2.pipeline.training.engine import PipeEngine, PlainEngine, TrainingEngine, export_weights
+from cogview2.pipeline.training.train_modules.coglm import CogLMTrainModule, pipe_module
+from cogview2.pipeline.training.trainer import StepBatches, Trainer
+from cogview2.pipeline.weights import WEIGHTS
+from cogview2.stages._loading import load_text_to_image, load_vocabulary
+from cogview2.stages._pictures import draw_prompts, fixed_prompts
+from cogview2.stages._runner import StageContext, run_stage
+
+logger = logging.getLogger(__name__)
+
+
+def _engine(context: StageContext, vocabulary: Vocabulary) -> TrainingEngine:
+    recipe, world = context.recipe, context.world
+    train, model = recipe.coglm.train, recipe.coglm.model
+    deepspeed = resolve(train.deepspeed, train, world.size, cpu=world.device.type == "cpu")
+    if train.pipeline_parallel > 1:
+        module = pipe_module(model, vocabulary, train.pipeline_parallel, deepspeed["pipeline"], recipe.seed)
+        return PipeEngine(module, deepspeed, model)
+    seed_everything(recipe.seed)
+    plain = CogLMTrainModule(model, vocabulary, "activation_checkpointing" in deepspeed).to(world.device)
+    seed_everything(recipe.seed, world.rank + 1)
+    return PlainEngine(plain, deepspeed, world)
+
+
+def _batches(context: StageContext, vocabulary: Vocabulary, engine: TrainingEngine) -> StepBatches:
+    recipe, shards = context.recipe, context.run.stage("shard_dataset").output
+    train, objectives = recipe.coglm.train, recipe.coglm.objectives
+    make: Any = partial(coglm_sample, objectives=objectives, config=recipe.coglm.model, vocabulary=vocabulary)
+    share = text_share(train.global_batch, objectives.text_weight, engine.data_size * engine.accumulation)
+    common: dict[str, int] = {
+        "seed": recipe.seed,
+        "accumulation": engine.accumulation,
+        "data_rank": engine.data_rank,
+        "data_size": engine.data_size,
+    }
+    pairs = PairBatches(
+        ShardIndex.load(shards / "train"), make, "coglm", global_batch=train.global_batch - share, **common
+    )
+    if not share:
+        return pairs
+    return MixedBatches(pairs, ShardIndex.load(shards / "text"), text_batch=share, **common)
+
+
+def job(context: StageContext) -> None:
+    """Train, export, record."""
+    recipe, stage, world = context.recipe, context.stage, context.world
+    train = recipe.coglm.train
+    vocabulary = load_vocabulary(context.run)
+    engine = _engine(context, vocabulary)
+    on_sample = None
+    if isinstance(engine, PlainEngine) and engine.engine.zero_optimization_stage() < 3:
+        prompts = fixed_prompts(context.run, recipe)
+        cascade = load_text_to_image(context.run, device=world.device, coglm=engine.module.model, superres=False)
+        on_sample = draw_prompts(stage, cascade, prompts, recipe.seed, engine.module.model)
+    result = Trainer(
+        engine=engine,
+        batches=_batches(context, vocabulary, engine),
+        train=train,
+        stage=stage,
+        fingerprint=context.run.fingerprint(recipe, stage.name),
+        world=world,
+        stop=context.stop,
+        on_sample=on_sample,
+    ).fit()
+    export_weights(engine, stage.output / WEIGHTS, {"kind": "coglm"})
+    if world.is_first:
+        if on_sample is None:
+            # Partitioned over ranks while training: the grid is drawn from the exported weights.
+            context.stage.write_heartbeat(train.steps, train.steps, message="drawing samples")
+            cascade = load_text_to_image(context.run, device=world.device, coglm_weights=stage.output / WEIGHTS, superres=False)
+            draw_prompts(stage, cascade, fixed_prompts(context.run, recipe), recipe.seed, None)(result.step, None)
+        context.finish(stage, {"loss": result.loss})
+
+
+if __name__ == "__main__":
+    run_stage("pretrain_coglm", job)

@@ -1,0 +1,100 @@
+"""Stage train_tokenizer: the text tokenizer. Rank 0 trains while no collective is open; the others wait."""
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from cogview2.pipeline import fsops
+from cogview2.pipeline.data.sources import open_source
+from cogview2.pipeline.data.text_corpus import check_readable, read_lines
+from cogview2.pipeline.errors import LaunchError, Preempted
+from cogview2.pipeline.tokenizers.train_text import TrainedTokenizer, train
+from cogview2.stages._runner import StageContext, run_stage
+
+logger = logging.getLogger(__name__)
+BEAT_SECONDS = 2.0
+SILENCE_SECONDS = 120.0
+"""A rank 0 that does not touch its heartbeat file for this long is taken for dead."""
+
+
+def _sentences(context: StageContext, counts: Counter[str]) -> Iterator[str]:
+    """Yield the captions of training pictures, then the lines of the text corpora."""
+    recipe = context.recipe
+    source = open_source(recipe.data, recipe.seed)
+    for index in source.splits["train"]:
+        pair = source.read(index)
+        counts["captions"] += len(pair.captions)
+        yield from (pair.captions[language] for language in sorted(pair.captions))
+    for corpus in recipe.data.text:
+        if corpus.for_tokenizer:
+            yield from read_lines(Path(corpus.path), counts)
+
+
+def _train(context: StageContext) -> None:
+    recipe, stage = context.recipe, context.stage
+    check_readable([Path(corpus.path) for corpus in recipe.data.text if corpus.for_tokenizer])
+    counts: Counter[str] = Counter()
+    vocabulary = recipe.coglm.model.vocabulary
+    result: list[TrainedTokenizer | BaseException] = []
+
+    def work() -> None:
+        try:
+            trained = train(
+                _sentences(context, counts),
+                pieces=vocabulary.text_pieces,
+                config=recipe.tokenizer,
+                image_codes=recipe.vqvae.model.codebook_size,
+                rows=vocabulary.rows,
+                seed=recipe.seed,
+            )
+            result.append(trained)
+        except BaseException as error:  # handed to the main thread, which raises it
+            result.append(error)
+
+    # In a thread, so that the main thread can beat: 130,000 pieces take hours.
+    thread = threading.Thread(target=work, daemon=True)
+    started = time.monotonic()
+    thread.start()
+    while thread.is_alive():
+        thread.join(BEAT_SECONDS)
+        stage.write_heartbeat(0, 1, message=f"SentencePiece, {time.monotonic() - started:.0f} s")
+        if context.stop.is_set:
+            raise Preempted(f"stopped by {context.stop.reason} while training; the same command starts it again")
+    trained = result[0]
+    if isinstance(trained, BaseException):
+        raise trained
+    fsops.write_bytes(stage.output / "tokenizer.model", trained.model_bytes)
+    trained.vocabulary.save(stage.output / "vocabulary.json")
+    fsops.write_json(stage.output / "report.json", trained.report | {"sources": dict(counts)})
+    logger.info("tokenizer: %s", trained.report)
+    context.finish(stage, {"report": trained.report})
+
+
+def _wait(context: StageContext) -> None:
+    """Wait for rank 0 by its files: a collective would time out long before the tokenizer is trained."""
+    seen, changed = None, time.monotonic()
+    path = context.stage.heartbeat_path
+    while context.stage.done() is None:
+        time.sleep(0.5)
+        beat = path.stat().st_mtime_ns if path.exists() else None
+        if beat != seen:
+            seen, changed = beat, time.monotonic()
+        if context.stop.is_set:
+            raise Preempted(f"stopped by {context.stop.reason} while waiting for rank 0")
+        if time.monotonic() - changed > SILENCE_SECONDS:
+            raise LaunchError(f"rank 0 was silent for {SILENCE_SECONDS:.0f} s while training the tokenizer; see its log")
+
+
+def job(context: StageContext) -> None:
+    """Train on rank 0, wait on the others."""
+    if context.world.is_first:
+        _train(context)
+    else:
+        _wait(context)
+
+
+if __name__ == "__main__":
+    run_stage("train_tokenizer", job, collective=False)
