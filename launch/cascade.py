@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cogview2.launch import local
-from cogview2.launch.changes import RESTART_FLAG, accept_recipe, set_aside
+from cogview2.launch.changes import RESTART_FLAG, accept_recipe, set_aside, withdraw
 from cogview2.launch.process import Job
 from cogview2.launch.progress import ProgressLine, describe, duration, stage_label
 from cogview2.pipeline import fsops
@@ -16,7 +16,7 @@ from cogview2.pipeline.config.loading import stages_folder
 from cogview2.pipeline.config.stages import STAGES, Recipe
 from cogview2.pipeline.config.training import TrainConfig
 from cogview2.pipeline.errors import ConfigError, ExitCode, LaunchError
-from cogview2.pipeline.run_dir import DEPENDENCIES, RunDirectory, units
+from cogview2.pipeline.run_dir import DEPENDENCIES, REPEATABLE, RunDirectory, units
 
 _TAIL_LINES = 20
 CommandMaker = Callable[[str, Path, Attempt, int], list[str]]
@@ -144,9 +144,13 @@ class Cascade:
             )
 
     def _check_stale(self, stage: str) -> None:
-        """A stage whose inputs changed after it was done would mix two histories."""
+        """A stage whose inputs changed after it was done would mix two histories; some just run again."""
         for unit in units(stage):
             if not self.run.stage(unit).is_stale(self.run.fingerprint(self.recipe, unit)):
+                continue
+            if stage in REPEATABLE:
+                withdraw(self.run, unit)
+                print(f"{unit}: its settings or inputs changed, it runs again")
                 continue
             if not self.options.restart_stale:
                 raise ConfigError(
@@ -206,6 +210,13 @@ class Cascade:
         print(f"all logs: {attempt.path}")
         known = failure is not None and failure.code in ExitCode.__members__.values()
         return ExitCode(failure.code) if failure is not None and known else ExitCode.FAILED
+
+
+def summary(run: RunDirectory, stages: tuple[str, ...]) -> list[str]:
+    """Return what finished stages want to be said last: `summary` in the extra of their DONE records."""
+    records = [run.stage(unit).done() for stage in stages for unit in units(stage)]
+    found = [record.extra.get("summary") for record in records if record is not None]
+    return [str(line) for lines in found if isinstance(lines, list) for line in lines]
 
 
 def tail(path: Path, count: int) -> list[str]:

@@ -7,7 +7,7 @@ from cogview2.pipeline import fsops
 from cogview2.pipeline.config.base import Config
 from cogview2.pipeline.config.stages import STAGES, Recipe
 from cogview2.pipeline.errors import ConfigError
-from cogview2.pipeline.run_dir import DEPENDENCIES, RunDirectory, recipe_parts, section, units
+from cogview2.pipeline.run_dir import DEPENDENCIES, REPEATABLE, RunDirectory, recipe_parts, section, units
 
 RESTART_FLAG = "--restart-stale"
 
@@ -62,11 +62,18 @@ def set_aside(run: RunDirectory, unit: str) -> str:
     return str(target.relative_to(run.path))
 
 
+def withdraw(run: RunDirectory, unit: str) -> None:
+    """Delete the DONE record of a unit, so that it runs again in its folder, over what it made before."""
+    with run.stage(unit.partition("/")[0]).lock("the launcher, running a stage again"):
+        fsops.remove_tree(run.stage(unit).done_path)
+
+
 def accept_recipe(run: RunDirectory, new: Recipe, *, restart_stale: bool) -> list[str]:
     """Make `new` the recipe of an existing run.
 
     Stages that were started with other values of what they depend on are refused, or with `restart_stale` set
-    aside together with every started stage that reads their outputs.
+    aside together with every started stage that reads their outputs. A repeatable stage takes any values: it
+    runs again.
 
     Returns:
         One line for each stage that was set aside.
@@ -80,7 +87,7 @@ def accept_recipe(run: RunDirectory, new: Recipe, *, restart_stale: bool) -> lis
     for stage in STAGES:
         reads_stale = any(needed in stale_stages for needed in DEPENDENCIES[stage])
         for unit in units(stage):
-            different = changes(old, new, unit)
+            different = [] if stage in REPEATABLE else changes(old, new, unit)
             if not touched(run, unit) or not (different or reads_stale):
                 continue
             if not restart_stale:

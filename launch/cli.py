@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from cogview2.launch import local
-from cogview2.launch.cascade import Cascade, Options, select_stages
+from cogview2.launch.cascade import Cascade, Options, select_stages, summary
 from cogview2.launch.status import find_run, log_file, table
 from cogview2.pipeline.config.loading import load_recipe, shipped_recipes, stages_folder
 from cogview2.pipeline.errors import CogView2Error, ExitCode
@@ -98,8 +98,11 @@ def _run(arguments: argparse.Namespace) -> int:
     hint = f" ({gpus} GPU here; --set launch.ranks={gpus} uses it)" if where == "CPU" and gpus else ""
     print(f"cogview2  run {recipe.name}  {ranks} ranks on {where}{hint}  {run.path}")
     code = Cascade(run, recipe, options).execute()
-    if code == ExitCode.DONE and _has_report():
-        print(f"report: {_report(run)}")
+    if code == ExitCode.DONE:
+        if _has_report():
+            print(f"report: {_report(run)}")
+        for line in summary(run, options.stages):
+            print(line)
     return code
 
 

@@ -13,7 +13,16 @@ from cogview2.pipeline.errors import RunDirectoryError
 from cogview2.pipeline.locking import exclusive, is_held
 from cogview2.pipeline.stage_dir import DoneRecord, StageDirectory
 
-__all__ = ["DEPENDENCIES", "PARTS", "DoneRecord", "RunDirectory", "StageDirectory", "recipe_parts", "units"]
+__all__ = [
+    "DEPENDENCIES",
+    "PARTS",
+    "REPEATABLE",
+    "DoneRecord",
+    "RunDirectory",
+    "StageDirectory",
+    "recipe_parts",
+    "units",
+]
 
 DEPENDENCIES: dict[str, tuple[str, ...]] = {
     "train_tokenizer": (),
@@ -29,6 +38,10 @@ PARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "finetune_superres": {"direct": ("direct_sr",), "iterative": ("iterative_sr",)},
 }
 """Stage that trains several models -> part -> the sections of the recipe that this part depends on."""
+
+REPEATABLE: frozenset[str] = frozenset({"evaluate"})
+"""Stages that run again when their part of the recipe or their inputs changed: nothing reads their outputs,
+and each result keeps a name made from all that it depends on. Every other stage is refused, or set aside."""
 
 
 def units(stage: str) -> list[str]:

@@ -50,5 +50,7 @@ def load_into(model: nn.Module, path: Path) -> None:
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError(f"{path} does not fit the model: {'; '.join(problems[:5])}{more}; check the model's section of the recipe")
+        raise CheckpointError(
+            f"{path} does not fit the model: {'; '.join(problems[:5])}{more}; check the model's section of the recipe"
+        )
     model.load_state_dict(state)

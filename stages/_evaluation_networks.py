@@ -25,7 +25,9 @@ def choose_network(context: StageContext, source: Source) -> FeatureNetwork:
     """Return the network; says aloud when its figures are not comparable to papers."""
     recipe = context.recipe
     if recipe.evaluate.feature_network is not None:
-        return build_feature_network(recipe.evaluate.feature_network, recipe.evaluate.resize, device=context.world.device)
+        return build_feature_network(
+            recipe.evaluate.feature_network, recipe.evaluate.resize, device=context.world.device
+        )
     if recipe.data.source == "drawings":
         network: FeatureNetwork = _classifier(context, source)
     else:
@@ -37,7 +39,11 @@ def choose_network(context: StageContext, source: Source) -> FeatureNetwork:
 def _classifier(context: StageContext, source: Source) -> AttributeClassifier:
     """Train the classifier on training drawings, on rank 0, once; the others and later attempts read its weights."""
     recipe = context.recipe
-    path = context.stage.path / "work" / f"classifier-{recipe.evaluate.classifier_steps}-{recipe.seed}.safetensors"
+    path = (
+        context.stage.path
+        / "work"
+        / f"classifier-{recipe.evaluate.classifier_steps}-{recipe.seed}.safetensors"
+    )
     if context.world.is_first and not path.is_file():
         context.stage.write_heartbeat(0, 1, message="training the attribute classifier")
         indices = source.splits["train"][:_PICTURES]

@@ -101,7 +101,9 @@ def _uint8(pixels_BCHW: torch.Tensor) -> np.ndarray:
     return (pixels_BCHW.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
-def draw_unit(unit: Unit, pairs: list[TokenPair], first_number: int, cascade: TextToImage, seed: int) -> dict[str, np.ndarray]:
+def draw_unit(
+    unit: Unit, pairs: list[TokenPair], first_number: int, cascade: TextToImage, seed: int
+) -> dict[str, np.ndarray]:
     """Draw the unit's captions through the whole cascade; pictures uint8 [B, 3, H, W] and caption log likelihoods."""
     chosen = pairs[unit.start : unit.stop]
     prompts = [pair.captions.get(unit.language, "") for pair in chosen]
@@ -110,20 +112,31 @@ def draw_unit(unit: Unit, pairs: list[TokenPair], first_number: int, cascade: Te
         return {"kept": np.zeros(0, dtype=np.int64)}
     texts = [prompts[k] for k in kept]
     drawn = cascade.draw(texts, seed, first_number)
-    arrays = {name: _uint8(drawn.pixels(name)) for name in PASSES if name in drawn.pictures}  # type: ignore[arg-type]
+    arrays: dict[str, np.ndarray] = {
+        name: _uint8(drawn.pixels(name)) for name in PASSES if name in drawn.pictures
+    }
     ids = cascade.encode(texts)
-    arrays["caption_score"] = caption_log_likelihood(cascade.coglm, ids, drawn.base_codes, cascade.vocabulary).numpy()
+    arrays["caption_score"] = caption_log_likelihood(
+        cascade.coglm, ids, drawn.base_codes, cascade.vocabulary
+    ).numpy()
     real = torch.from_numpy(np.stack([chosen[k].base_codes for k in kept])).long()
-    arrays["real_caption_score"] = caption_log_likelihood(cascade.coglm, ids, real, cascade.vocabulary).numpy()
+    arrays["real_caption_score"] = caption_log_likelihood(
+        cascade.coglm, ids, real, cascade.vocabulary
+    ).numpy()
     return arrays | {"kept": np.array(kept, dtype=np.int64)}
 
 
-def oracle_unit(arrays: dict[str, np.ndarray], unit: Unit, pairs: list[TokenPair]) -> dict[str, list[dict[str, bool]]]:
+def oracle_unit(
+    arrays: dict[str, np.ndarray], unit: Unit, pairs: list[TokenPair]
+) -> dict[str, list[dict[str, bool]]]:
     """Check every drawn picture against the facts of its caption, and the final ones against the next caption's."""
     facts = [pair.metadata["facts"][unit.language] for pair in pairs]
     numbers = [unit.start + int(k) for k in arrays["kept"]]
     verdicts = {
-        name: [check(read_picture(picture.transpose(1, 2, 0)), facts[n]) for picture, n in zip(arrays[name], numbers, strict=True)]
+        name: [
+            check(read_picture(picture.transpose(1, 2, 0)), facts[n])
+            for picture, n in zip(arrays[name], numbers, strict=True)
+        ]
         for name in PASSES
         if name in arrays
     }
@@ -134,11 +147,15 @@ def oracle_unit(arrays: dict[str, np.ndarray], unit: Unit, pairs: list[TokenPair
     return verdicts
 
 
-def features_of(images_BCHW: np.ndarray, network: FeatureNetwork, radii: tuple[int, ...]) -> dict[str, np.ndarray]:
+def features_of(
+    images_BCHW: np.ndarray, network: FeatureNetwork, radii: tuple[int, ...]
+) -> dict[str, np.ndarray]:
     """Return the features at every blur radius, and the class logits of the sharp pictures."""
     images = torch.from_numpy(images_BCHW)
     if images.shape[-1] > FID_SIDE:
-        small = torch.nn.functional.interpolate(images.float(), size=(FID_SIDE, FID_SIDE), mode="bilinear", antialias=True)
+        small = torch.nn.functional.interpolate(
+            images.float(), size=(FID_SIDE, FID_SIDE), mode="bilinear", antialias=True
+        )
         images = small.round().clamp(0, 255).to(torch.uint8)
     arrays: dict[str, np.ndarray] = {}
     for radius in radii:

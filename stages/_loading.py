@@ -22,7 +22,9 @@ from cogview2.pipeline.weights import WEIGHTS, load_into
 def _output(run: RunDirectory, unit: str, name: str) -> Path:
     path = run.stage(unit).output / name
     if run.stage(unit).done() is None or not path.is_file():
-        raise CheckpointError(f"{run.path} has no finished stage {unit}; run it first: cogview2 run RECIPE --stages {unit.partition('/')[0]}")
+        raise CheckpointError(
+            f"{run.path} has no finished stage {unit}; run it first: cogview2 run RECIPE --stages {unit.partition('/')[0]}"
+        )
     return path
 
 
@@ -52,7 +54,9 @@ def load_coglm(run: RunDirectory, recipe: Recipe, device: torch.device, weights:
 
 def build_direct(recipe: Recipe, rows: int) -> DirectSR:
     """Return direct SR of the recipe's sizes, fresh weights."""
-    return DirectSR(recipe.coglm.model, recipe.direct_sr.model, recipe.data.base_grid, recipe.data.superres_ratio, rows)
+    return DirectSR(
+        recipe.coglm.model, recipe.direct_sr.model, recipe.data.base_grid, recipe.data.superres_ratio, rows
+    )
 
 
 def build_iterative(recipe: Recipe, rows: int) -> IterativeSR:
@@ -61,7 +65,13 @@ def build_iterative(recipe: Recipe, rows: int) -> IterativeSR:
 
 
 def load_text_to_image(
-    run: RunDirectory | Path, *, device: torch.device | None = None, coglm: CogLM | None = None, coglm_weights: Path | None = None, superres: bool = True
+    run: RunDirectory | Path,
+    *,
+    device: torch.device | None = None,
+    coglm: CogLM | None = None,
+    coglm_weights: Path | None = None,
+    superres: bool = True,
+    protocol: Recipe | None = None,
 ) -> TextToImage:
     """Return the whole sampling cascade of a run.
 
@@ -71,6 +81,7 @@ def load_text_to_image(
         coglm: a model to use as it is, for example one in training.
         coglm_weights: other weights of CogLM.
         superres: load the super-resolution models too.
+        protocol: recipe whose `sampling` and `seed` count; by default the run's own.
     """
     run = run if isinstance(run, RunDirectory) else RunDirectory(run)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,11 +90,15 @@ def load_text_to_image(
     image = load_image_tokenizer(run, recipe, device)
     direct = iterative = None
     if superres:
-        direct, iterative = build_direct(recipe, text.vocabulary.rows), build_iterative(recipe, text.vocabulary.rows)
+        direct, iterative = (
+            build_direct(recipe, text.vocabulary.rows),
+            build_iterative(recipe, text.vocabulary.rows),
+        )
         load_into(direct, _output(run, "finetune_superres/direct", WEIGHTS))
         load_into(iterative, _output(run, "finetune_superres/iterative", WEIGHTS))
         direct, iterative = direct.to(device).eval(), iterative.to(device).eval()
-    labels = fit_clusters(image.codebook.cpu(), recipe.sampling.clusters, recipe.seed)
+    protocol = protocol or recipe
+    labels = fit_clusters(image.codebook.cpu(), protocol.sampling.clusters, protocol.seed)
     return TextToImage(
         tokenizer=text,
         coglm=coglm or load_coglm(run, recipe, device, coglm_weights),
@@ -91,6 +106,6 @@ def load_text_to_image(
         iterative=iterative,
         image_tokenizer=image,
         base_grid=recipe.data.base_grid,
-        sampling=recipe.sampling,
+        sampling=protocol.sampling,
         labels=labels,
     )

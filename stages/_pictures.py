@@ -56,8 +56,9 @@ PROMPTS_PER_LANGUAGE = 4
 def fixed_prompts(run: RunDirectory, recipe: Recipe) -> list[str]:
     """Return the captions that are drawn again and again while training: the first held-out ones of each language."""
     shards = run.stage("shard_dataset").output
-    split = "held_out" if (shards / "held_out").is_dir() else "train"
-    index = ShardIndex.load(shards / split)
+    index = ShardIndex.load(shards / "held_out")
+    if not len(index):  # a source of a single picture
+        index = ShardIndex.load(shards / "train")
     pairs = [index.read(number) for number in range(min(len(index), PROMPTS_PER_LANGUAGE))]
     return [pair.captions[lang] for lang in recipe.data.languages for pair in pairs if lang in pair.captions]
 

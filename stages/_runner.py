@@ -34,7 +34,10 @@ class StageContext:
     def finish(self, unit: StageDirectory, extra: dict[str, object] | None = None) -> None:
         """Write the DONE record of the stage or of a part of it; rank 0 only, last of all."""
         unit.write_done(
-            self.run.inputs(unit.name), unit.output_files(), self.run.fingerprint(self.recipe, unit.name), extra
+            self.run.inputs(unit.name),
+            unit.output_files(),
+            self.run.fingerprint(self.recipe, unit.name),
+            extra,
         )
 
 
@@ -51,8 +54,12 @@ def run_stage(name: str, job: Job, *, collective: bool = True) -> None:
     """
     parser = argparse.ArgumentParser(prog=f"cogview2.stages.{name}")
     parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--attempt", type=int, required=True, help="number of the attempt, given by the launcher")
-    parser.add_argument("--local_rank", type=int, default=0, help="accepted from launchers; the environment counts")
+    parser.add_argument(
+        "--attempt", type=int, required=True, help="number of the attempt, given by the launcher"
+    )
+    parser.add_argument(
+        "--local_rank", type=int, default=0, help="accepted from launchers; the environment counts"
+    )
     arguments = parser.parse_args()
     stop = StopFlag().install()
     world = world_from_environment()
@@ -61,15 +68,22 @@ def run_stage(name: str, job: Job, *, collective: bool = True) -> None:
     attempt = stage.attempt(arguments.attempt)
     attempt.write_pid(world.rank)
     our_logging.setup(logging.INFO, world.rank, attempt.rank_log(world.rank))
-    code = _guarded(attempt, world, lambda: _work(run, stage, world, stop, job, collective))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # Not sys.exit: after a failure, threads of gloo that wait for a dead peer would keep the process alive.
-    logging.shutdown()
-    os._exit(int(code))
+    code = ExitCode.FAILED
+    try:
+        code = _guarded(attempt, world, lambda: _work(run, stage, world, stop, job, collective))
+    except BaseException:  # even the outcome could not be written, for example to a full disk
+        logger.exception("could not write the outcome of rank %d", world.rank)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not sys.exit: after a failure, threads of gloo that wait for a dead peer would keep the process alive.
+        logging.shutdown()
+        os._exit(int(code))
 
 
-def _work(run: RunDirectory, stage: StageDirectory, world: World, stop: StopFlag, job: Job, collective: bool) -> None:
+def _work(
+    run: RunDirectory, stage: StageDirectory, world: World, stop: StopFlag, job: Job, collective: bool
+) -> None:
     recipe = run.load_recipe()
     context = StageContext(run, recipe, stage, world, stop)
     seed_everything(recipe.seed, world.rank)
@@ -96,7 +110,9 @@ def _guarded(attempt: Attempt, world: World, work: Callable[[], None]) -> ExitCo
         return error.exit_code
     except BaseException as error:  # the outcome must be written for every kind of end
         logger.exception("unexpected error")
-        attempt.write_outcome(world.rank, type(error).__name__, ExitCode.FAILED, None, f"{type(error).__name__}: {error}")
+        attempt.write_outcome(
+            world.rank, type(error).__name__, ExitCode.FAILED, None, f"{type(error).__name__}: {error}"
+        )
         return ExitCode.FAILED
     attempt.write_outcome(world.rank, "done", ExitCode.DONE, None, "")
     return ExitCode.DONE

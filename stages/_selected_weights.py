@@ -43,7 +43,9 @@ def select_weights(context: StageContext) -> Selected:
     if wanted is not None:
         path, at, number = wanted.rpartition("@")
         if at and not number.isdigit():
-            raise ConfigError(f"evaluate.weights {wanted!r}: {number!r} after @ is no step; write RUN or RUN@STEP")
+            raise ConfigError(
+                f"evaluate.weights {wanted!r}: {number!r} after @ is no step; write RUN or RUN@STEP"
+            )
         run, step = RunDirectory(Path(path if at else wanted)), int(number) if at else None
         run.load_recipe()
     digests = {}

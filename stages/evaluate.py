@@ -23,10 +23,8 @@ from cogview2.pipeline.metrics.frechet import frechet_distance
 from cogview2.pipeline.metrics.inception_score import inception_score
 from cogview2.pipeline.metrics.reconstruction import l1, psnr, ssim
 from cogview2.pipeline.metrics.statistics import FeatureStatistics
-from cogview2.pipeline.run_dir import RunDirectory
 from cogview2.pipeline.sampling.text_to_image import TextToImage
 from cogview2.pipeline.training.batches import downsample, load_pixels
-from cogview2.pipeline.weights import WEIGHTS
 from cogview2.stages import _evaluation_work as work
 from cogview2.stages._evaluation_networks import choose_network
 from cogview2.stages._loading import load_text_to_image
@@ -39,11 +37,15 @@ FORMAT = 1
 _SHOWN = 12
 
 
-def _digest(context: StageContext, selected: Selected, network: FeatureNetwork, pairs: dict[str, list[TokenPair]]) -> str:
+def _digest(
+    context: StageContext, selected: Selected, network: FeatureNetwork, pairs: dict[str, list[TokenPair]]
+) -> str:
     """Return the identity of an evaluation: weights, captions and protocol."""
     recipe = context.recipe
     captions = hashlib.sha256(
-        json.dumps([[split, pair.key, pair.captions] for split, found in pairs.items() for pair in found]).encode()
+        json.dumps(
+            [[split, pair.key, pair.captions] for split, found in pairs.items() for pair in found]
+        ).encode()
     ).hexdigest()
     protocol = recipe.evaluate.model_dump(mode="json", exclude={"weights", "feature_network"})
     return fingerprint(
@@ -83,11 +85,15 @@ class Evaluation:
     def _pause(self, done: int, total: int, message: str) -> None:
         """Beat, and stop where nothing is lost."""
         if self.context.stop.is_set:
-            raise Preempted(f"stopped by {self.context.stop.reason} while {message}; the same command goes on from there")
+            raise Preempted(
+                f"stopped by {self.context.stop.reason} while {message}; the same command goes on from there"
+            )
         if self.context.world.is_first:
             rate = done / max(time.monotonic() - self._started, 1e-9)
             left = (total - done) / rate if done else None
-            self.context.stage.write_heartbeat(done, total, throughput=rate, unit="units/s", eta_seconds=left, message=message)
+            self.context.stage.write_heartbeat(
+                done, total, throughput=rate, unit="units/s", eta_seconds=left, message=message
+            )
 
     def draw(self) -> None:
         """Draw this rank's units that are not drawn yet."""
@@ -106,7 +112,9 @@ class Evaluation:
         radii = self.recipe.evaluate.blur_radii
         drawn = [unit for unit in self.units if unit.split == "held_out"]
         real = range(0, len(self.pairs.get("held_out", [])), self.recipe.evaluate.chunk)
-        jobs: list[tuple[str, Any]] = [(unit.name, unit) for unit in drawn] + [(f"real-{start:06d}", start) for start in real]
+        jobs: list[tuple[str, Any]] = [(unit.name, unit) for unit in drawn] + [
+            (f"real-{start:06d}", start) for start in real
+        ]
         for k in self._mine(len(jobs)):
             name, what = jobs[k]
             self._pause(k, len(jobs), "extracting features")
@@ -115,7 +123,9 @@ class Evaluation:
             if isinstance(what, work.Unit):
                 images = self.pictures.read(name).get("final")
             else:
-                images = _originals(self.source, self.recipe, self.pairs["held_out"][what : what + self.recipe.evaluate.chunk])
+                images = _originals(
+                    self.source, self.recipe, self.pairs["held_out"][what : what + self.recipe.evaluate.chunk]
+                )
             self.features.write(name, {} if images is None else work.features_of(images, self.network, radii))
         barrier()
         self._drawn_names, self._real_names = [u.name for u in drawn], [f"real-{start:06d}" for start in real]
@@ -138,7 +148,10 @@ class Evaluation:
             "reference": "held-out originals",
         }
         for radius in self.recipe.evaluate.blur_radii:
-            drawn, real = self._statistics(self._drawn_names, radius), self._statistics(self._real_names, radius)
+            drawn, real = (
+                self._statistics(self._drawn_names, radius),
+                self._statistics(self._real_names, radius),
+            )
             few = min(drawn.count, real.count) <= self.network.dim
             result |= {"drawn": drawn.count, "real": real.count}
             if few and not self.recipe.evaluate.allow_few:
@@ -153,7 +166,11 @@ class Evaluation:
 
     def scores(self) -> dict[str, Any]:
         """Return the inception score and the caption losses."""
-        logits = [self.features.read(name)["logits"] for name in self._drawn_names if "logits" in self.features.read(name)]
+        logits = [
+            self.features.read(name)["logits"]
+            for name in self._drawn_names
+            if "logits" in self.features.read(name)
+        ]
         result: dict[str, Any] = {"inception_score": None}
         if logits:
             every = np.concatenate(logits)
@@ -164,7 +181,11 @@ class Evaluation:
             result["inception_score_missing"] = f"{self.network.name} has no classes"
         losses: dict[str, Any] = {}
         for language in self.languages:
-            parts = [self.pictures.read(u.name) for u in self.units if u.split == "held_out" and u.language == language]
+            parts = [
+                self.pictures.read(u.name)
+                for u in self.units
+                if u.split == "held_out" and u.language == language
+            ]
             for kind in ("caption_score", "real_caption_score"):
                 values = np.concatenate([part[kind] for part in parts if kind in part] or [np.zeros(0)])
                 if len(values):
@@ -181,7 +202,12 @@ class Evaluation:
         result = {}
         for name, pixels in (("base", downsample(full, self.recipe.data.base_size)), ("full", full)):
             tokenizer = self.cascade.image_tokenizer
-            rebuilt = torch.cat([tokenizer.decode(tokenizer.encode(part.to(tokenizer.device))).cpu() for part in pixels.split(16)])
+            rebuilt = torch.cat(
+                [
+                    tokenizer.decode(tokenizer.encode(part.to(tokenizer.device))).cpu()
+                    for part in pixels.split(16)
+                ]
+            )
             metrics = {"l1": l1, "psnr": psnr, "ssim": ssim}
             result[name] = {key: float(metric(rebuilt, pixels).mean()) for key, metric in metrics.items()}
         return result
@@ -204,7 +230,9 @@ class Evaluation:
             if "unseen" in verdicts:
                 table[language]["unseen_pairs"] = work.share(verdicts["unseen"]["final"])
             details[language] = {
-                name: {key: work.share(found, key) for key in ("colour", "shape", "side", "size", "background")}
+                name: {
+                    key: work.share(found, key) for key in ("colour", "shape", "side", "size", "background")
+                }
                 for name, found in held_out.items()
             }
         originals = _originals(self.source, self.recipe, self.pairs["held_out"])
@@ -250,11 +278,16 @@ def _summary(record: dict[str, Any]) -> list[str]:
     for language, shares in record.get("caption_accuracy", {}).items():
         if language == next(iter(record["caption_accuracy"])):
             lines.append(f"oracle on original drawings {record['oracle_on_originals']:.1%}")
-        words = ", ".join(f"{name} {value:.1%}" for name, value in shares.items() if name != "final" and value is not None)
+        words = ", ".join(
+            f"{name} {value:.1%}" for name, value in shares.items() if name != "final" and value is not None
+        )
         lines.append(f"caption accuracy {language}: {words}")
     table = record.get("caption_accuracy", {})
     if table:
-        lines.append("caption accuracy on final pictures: " + ", ".join(f"{lang} {shares['final']:.1%}" for lang, shares in table.items()))
+        lines.append(
+            "caption accuracy on final pictures: "
+            + ", ".join(f"{lang} {shares['final']:.1%}" for lang, shares in table.items())
+        )
     return lines
 
 
@@ -264,7 +297,9 @@ def job(context: StageContext) -> None:
     selected = select_weights(context)
     pairs = work.load_pairs(run, recipe)
     if not pairs.get("held_out"):
-        raise DataError("nothing is held out for evaluation: the source has too few distinct pictures; add some")
+        raise DataError(
+            "nothing is held out for evaluation: the source has too few distinct pictures; add some"
+        )
     source = open_source(recipe.data, recipe.seed)
     network = choose_network(context, source)
     digest = _digest(context, selected, network, pairs)
@@ -275,9 +310,14 @@ def job(context: StageContext) -> None:
             fsops.make_dirs(folder)
             fsops.make_dirs(result_path.parent)
         barrier()
-        cascade = load_text_to_image(selected.run, device=world.device, coglm_weights=selected.coglm)
+        # Weights of another run are measured under this recipe's protocol: that is what the digest names.
+        cascade = load_text_to_image(
+            selected.run, device=world.device, coglm_weights=selected.coglm, protocol=recipe
+        )
         if cascade.image_tokenizer.rate * cascade.base_grid != recipe.data.base_size:
-            raise ConfigError(f"evaluate.weights {selected.name} draws pictures of another size than data.base_size {recipe.data.base_size}")
+            raise ConfigError(
+                f"evaluate.weights {selected.name} draws pictures of another size than data.base_size {recipe.data.base_size}"
+            )
         evaluation = Evaluation(context, folder, pairs, cascade, network, source)
         with torch.no_grad():
             evaluation.draw()

@@ -37,7 +37,11 @@ def _iterative(context: StageContext) -> TrainModule:
 
 
 def _train_part(
-    context: StageContext, part: str, train: TrainConfig, build: Callable[[StageContext], TrainModule], make: Any
+    context: StageContext,
+    part: str,
+    train: TrainConfig,
+    build: Callable[[StageContext], TrainModule],
+    make: Any,
 ) -> None:
     run, recipe, world = context.run, context.recipe, context.world
     unit = run.stage(f"finetune_superres/{part}").create()
@@ -47,7 +51,9 @@ def _train_part(
     seed_everything(recipe.seed)
     module = build(context).to(world.device)
     seed_everything(recipe.seed, world.rank + 1)
-    engine = PlainEngine(module, resolve(train.deepspeed, train, world.size, cpu=world.device.type == "cpu"), world)
+    engine = PlainEngine(
+        module, resolve(train.deepspeed, train, world.size, cpu=world.device.type == "cpu"), world
+    )
     batches = PairBatches(
         ShardIndex.load(run.stage("shard_dataset").output / "train"),
         make,
@@ -76,7 +82,7 @@ def _train_part(
 def job(context: StageContext) -> None:
     """Train both models, one after the other."""
     recipe = context.recipe
-    common = {"coglm": recipe.coglm.model, "vocabulary": load_vocabulary(context.run)}
+    common: dict[str, Any] = {"coglm": recipe.coglm.model, "vocabulary": load_vocabulary(context.run)}
     direct = partial(direct_sample, config=recipe.direct_sr.model, **common)
     _train_part(context, "direct", recipe.direct_sr.train, _direct, direct)
     iterative = partial(iterative_sample, config=recipe.iterative_sr.model, **common)

@@ -7,6 +7,8 @@ from typing import Any
 from cogview2.pipeline.config.deepspeed import resolve
 from cogview2.pipeline.data.shard_index import ShardIndex
 from cogview2.pipeline.distributed.seeding import seed_everything
+from cogview2.pipeline.models.coglm.model import CogLM
+from cogview2.pipeline.models.coglm.pipe import init_as_pipe
 from cogview2.pipeline.tokenizers.vocabulary import Vocabulary
 from cogview2.pipeline.training.batches import MixedBatches, PairBatches, coglm_sample, text_share
 from cogview2.pipeline.training.engine import PipeEngine, PlainEngine, TrainingEngine, export_weights
@@ -24,13 +26,13 @@ def _engine(context: StageContext, vocabulary: Vocabulary) -> TrainingEngine:
     recipe, world = context.recipe, context.world
     train, model = recipe.coglm.train, recipe.coglm.model
     deepspeed = resolve(train.deepspeed, train, world.size, cpu=world.device.type == "cpu")
+    seed_everything(recipe.seed, world.rank + 1)
     if train.pipeline_parallel > 1:
         module = pipe_module(model, vocabulary, train.pipeline_parallel, deepspeed["pipeline"], recipe.seed)
         return PipeEngine(module, deepspeed, model)
-    seed_everything(recipe.seed)
-    plain = CogLMTrainModule(model, vocabulary, "activation_checkpointing" in deepspeed).to(world.device)
-    seed_everything(recipe.seed, world.rank + 1)
-    return PlainEngine(plain, deepspeed, world)
+    plain = CogLMTrainModule(model, vocabulary, "activation_checkpointing" in deepspeed)
+    init_as_pipe(plain.model, recipe.seed)  # the same start whatever the parallelism
+    return PlainEngine(plain.to(world.device), deepspeed, world)
 
 
 def _batches(context: StageContext, vocabulary: Vocabulary, engine: TrainingEngine) -> StepBatches:
@@ -38,7 +40,7 @@ def _batches(context: StageContext, vocabulary: Vocabulary, engine: TrainingEngi
     train, objectives = recipe.coglm.train, recipe.coglm.objectives
     make: Any = partial(coglm_sample, objectives=objectives, config=recipe.coglm.model, vocabulary=vocabulary)
     share = text_share(train.global_batch, objectives.text_weight, engine.data_size * engine.accumulation)
-    common: dict[str, int] = {
+    common: dict[str, Any] = {
         "seed": recipe.seed,
         "accumulation": engine.accumulation,
         "data_rank": engine.data_rank,
@@ -60,9 +62,11 @@ def job(context: StageContext) -> None:
     engine = _engine(context, vocabulary)
     on_sample = None
     if isinstance(engine, PlainEngine) and engine.engine.zero_optimization_stage() < 3:
+        model = engine.module.model
+        assert isinstance(model, CogLM)
         prompts = fixed_prompts(context.run, recipe)
-        cascade = load_text_to_image(context.run, device=world.device, coglm=engine.module.model, superres=False)
-        on_sample = draw_prompts(stage, cascade, prompts, recipe.seed, engine.module.model)
+        cascade = load_text_to_image(context.run, device=world.device, coglm=model, superres=False)
+        on_sample = draw_prompts(stage, cascade, prompts, recipe.seed, model)
     result = Trainer(
         engine=engine,
         batches=_batches(context, vocabulary, engine),
@@ -78,8 +82,12 @@ def job(context: StageContext) -> None:
         if on_sample is None:
             # Partitioned over ranks while training: the grid is drawn from the exported weights.
             context.stage.write_heartbeat(train.steps, train.steps, message="drawing samples")
-            cascade = load_text_to_image(context.run, device=world.device, coglm_weights=stage.output / WEIGHTS, superres=False)
-            draw_prompts(stage, cascade, fixed_prompts(context.run, recipe), recipe.seed, None)(result.step, None)
+            cascade = load_text_to_image(
+                context.run, device=world.device, coglm_weights=stage.output / WEIGHTS, superres=False
+            )
+            draw_prompts(stage, cascade, fixed_prompts(context.run, recipe), recipe.seed, None)(
+                result.step, None
+            )
         context.finish(stage, {"loss": result.loss})
 
 

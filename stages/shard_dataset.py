@@ -42,10 +42,14 @@ def _finished(path: Path, folder: Path, identity: str) -> dict[str, Any] | None:
 
 def _check_stop(context: StageContext) -> None:
     if context.stop.is_set:
-        raise Preempted(f"stopped by {context.stop.reason} between two shards; the same command goes on with the next")
+        raise Preempted(
+            f"stopped by {context.stop.reason} between two shards; the same command goes on with the next"
+        )
 
 
-def _write_split(context: StageContext, split: str, source: Source, tokenizer: PairTokenizer, identity: str) -> None:
+def _write_split(
+    context: StageContext, split: str, source: Source, tokenizer: PairTokenizer, identity: str
+) -> None:
     """Write this rank's shards of one split, then the manifest."""
     stage, recipe = context.stage, context.recipe
     folder, records = stage.output / split, stage.path / "progress" / split
@@ -63,22 +67,38 @@ def _write_split(context: StageContext, split: str, source: Source, tokenizer: P
             refused: list[Refused] = []
             chosen = [indices[i] for i in ranges[number]]
             entry = write_range(folder, f"{split}-{number:06d}", tokenizer, source, chosen, refused.append)
-            fsops.write_json(path, {"identity": identity, "entry": asdict(entry), "refused": asdict(refused[0])})
+            fsops.write_json(
+                path, {"identity": identity, "entry": asdict(entry), "refused": refused[0].to_dict()}
+            )
         if context.world.is_first:
             written = ranges[number].stop
             rate = written / max(time.monotonic() - started, 1e-9)
             left = (len(indices) - written) / rate
-            stage.write_heartbeat(written, len(indices), throughput=rate, unit="pictures/s", eta_seconds=left, message=split)
+            stage.write_heartbeat(
+                written, len(indices), throughput=rate, unit="pictures/s", eta_seconds=left, message=split
+            )
     barrier()
     if context.world.is_first:
         found = [_finished(records / f"{number:06d}.json", folder, identity) for number in range(len(ranges))]
         lost = [number for number, record in enumerate(found) if record is None]
         if lost:
-            raise DataError(f"shards {lost[:5]} of {split} vanished while being written; start the stage again")
+            raise DataError(
+                f"shards {lost[:5]} of {split} vanished while being written; start the stage again"
+            )
         done = [record for record in found if record is not None]
         entries = [ShardEntry(**record["entry"]) for record in done]
-        fingerprint = write_manifest(folder, entries, {"split": split, "source": source.description, "source_sha256": source.fingerprint})
-        logger.info("%s: %d samples in %d shards, fingerprint %s", split, sum(e.samples for e in entries), len(entries), fingerprint)
+        fingerprint = write_manifest(
+            folder,
+            entries,
+            {"split": split, "source": source.description, "source_sha256": source.fingerprint},
+        )
+        logger.info(
+            "%s: %d samples in %d shards, fingerprint %s",
+            split,
+            sum(e.samples for e in entries),
+            len(entries),
+            fingerprint,
+        )
 
 
 def _write_text(context: StageContext, text: Any) -> None:

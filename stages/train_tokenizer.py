@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cogview2.pipeline import fsops
+from cogview2.pipeline.data.records import RefusedError
 from cogview2.pipeline.data.sources import open_source
 from cogview2.pipeline.data.text_corpus import check_readable, read_lines
 from cogview2.pipeline.errors import LaunchError, Preempted
@@ -25,7 +26,12 @@ def _sentences(context: StageContext, counts: Counter[str]) -> Iterator[str]:
     recipe = context.recipe
     source = open_source(recipe.data, recipe.seed)
     for index in source.splits["train"]:
-        pair = source.read(index)
+        try:
+            pair = source.read(index)
+        except RefusedError as error:
+            counts["refused"] += 1
+            logger.warning("record %s is left out: %s", source.keys[index], error)
+            continue
         counts["captions"] += len(pair.captions)
         yield from (pair.captions[language] for language in sorted(pair.captions))
     for corpus in recipe.data.text:
@@ -62,7 +68,9 @@ def _train(context: StageContext) -> None:
         thread.join(BEAT_SECONDS)
         stage.write_heartbeat(0, 1, message=f"SentencePiece, {time.monotonic() - started:.0f} s")
         if context.stop.is_set:
-            raise Preempted(f"stopped by {context.stop.reason} while training; the same command starts it again")
+            raise Preempted(
+                f"stopped by {context.stop.reason} while training; the same command starts it again"
+            )
     trained = result[0]
     if isinstance(trained, BaseException):
         raise trained
@@ -85,7 +93,9 @@ def _wait(context: StageContext) -> None:
         if context.stop.is_set:
             raise Preempted(f"stopped by {context.stop.reason} while waiting for rank 0")
         if time.monotonic() - changed > SILENCE_SECONDS:
-            raise LaunchError(f"rank 0 was silent for {SILENCE_SECONDS:.0f} s while training the tokenizer; see its log")
+            raise LaunchError(
+                f"rank 0 was silent for {SILENCE_SECONDS:.0f} s while training the tokenizer; see its log"
+            )
 
 
 def job(context: StageContext) -> None:

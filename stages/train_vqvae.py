@@ -7,9 +7,10 @@ import torch
 
 from cogview2.pipeline.config.deepspeed import resolve
 from cogview2.pipeline.data.records import RefusedError
-from cogview2.pipeline.data.sources import open_source
+from cogview2.pipeline.data.sources import Source, open_source
 from cogview2.pipeline.distributed.process import gather_objects
 from cogview2.pipeline.distributed.seeding import seed_everything
+from cogview2.pipeline.errors import Preempted
 from cogview2.pipeline.models.vqvae.losses import ms_ssim_scales
 from cogview2.pipeline.models.vqvae.model import RATES
 from cogview2.pipeline.tokenizers.image import ImageTokenizer
@@ -26,25 +27,27 @@ logger = logging.getLogger(__name__)
 SHOWN = 8
 
 
-def _usable(context: StageContext, source: object, indices: list[int]) -> list[int]:
+def _usable(context: StageContext, source: Source, indices: list[int]) -> list[int]:
     """Return which pictures decode; each rank tries its share, refusals are logged and counted by shard_dataset."""
-    from cogview2.pipeline.data.sources import Source
-
-    assert hasattr(source, "read")
-    checked: Source = source  # type: ignore[assignment]
     if context.recipe.data.source == "drawings":
         return indices
     good: list[int] = []
     for index in indices[context.world.rank :: context.world.size]:
+        if context.stop.is_set:
+            raise Preempted(
+                f"stopped by {context.stop.reason} while trying the pictures; the same command starts again"
+            )
         try:
-            load_pixels(checked, index, context.recipe.data)
+            load_pixels(source, index, context.recipe.data)
             good.append(index)
         except RefusedError as error:
-            logger.warning("picture %s is left out: %s", checked.keys[index], error)
+            logger.warning("picture %s is left out: %s", source.keys[index], error)
     return sorted(index for part in gather_objects(good) for index in part)
 
 
-def _reconstructions(context: StageContext, module: VQVAETrainModule, originals_BCHW: torch.Tensor) -> SampleCallback:
+def _reconstructions(
+    context: StageContext, module: VQVAETrainModule, originals_BCHW: torch.Tensor
+) -> SampleCallback:
     """Return a callback that draws originals over their reconstructions at the three rates."""
 
     def draw(step: int, writer: MetricsWriter | None) -> None:
@@ -87,9 +90,8 @@ def job(context: StageContext) -> None:
         data_rank=world.rank,
         data_size=world.size,
     )
-    held_out = source.splits["held_out"] or usable
-    shown = []
-    for index in held_out:
+    shown: list[torch.Tensor] = []
+    for index in [*source.splits["held_out"], *usable]:
         if len(shown) == SHOWN:
             break
         try:
@@ -110,8 +112,19 @@ def job(context: StageContext) -> None:
     ).fit()
     export_weights(engine, Path(stage.output) / WEIGHTS, {"kind": "vqvae"})
     if world.is_first:
-        scales = {kind: ms_ssim_scales(recipe.data.superres_size if kind == "superres" else recipe.data.base_size) for kind in config.image_sizes}
-        context.finish(stage, {"loss": result.loss, "perceptual": module.perceptual.name, "ms_ssim_scales": scales, "pictures": len(usable)})
+        scales = {
+            kind: ms_ssim_scales(recipe.data.superres_size if kind == "superres" else recipe.data.base_size)
+            for kind in config.image_sizes
+        }
+        context.finish(
+            stage,
+            {
+                "loss": result.loss,
+                "perceptual": module.perceptual.name,
+                "ms_ssim_scales": scales,
+                "pictures": len(usable),
+            },
+        )
 
 
 if __name__ == "__main__":

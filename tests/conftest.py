@@ -3,6 +3,9 @@
 from pathlib import Path
 
 import pytest
+import tiny_runs
+
+from cogview2.pipeline.run_dir import RunDirectory
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,3 +32,15 @@ def fixtures(request: pytest.FixtureRequest) -> Path:
     if missing:
         pytest.skip(f"--fixtures {folder} does not hold {' and '.join(missing)}")
     return folder.resolve()
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> tiny_runs.Finished:
+    """A whole tiny cascade, made by the real command line; copy it (tiny_runs.copy), never write to it."""
+    return tiny_runs.run_cascade(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def sharded_run(finished_run: tiny_runs.Finished, tmp_path: Path) -> RunDirectory:
+    """A copy of the finished run up to its shards."""
+    return tiny_runs.copy(finished_run.run, tmp_path / "sharded", until="shard_dataset")

@@ -34,7 +34,7 @@ class IterativeSRSamplingConfig(Config):
     schedule: Literal["released"] = "released"
     """The published 6x6 pattern, tiled."""
     temperature: Temperature = 1.0
-    top_k: tuple[Positive, ...] = (40, 40, 40, 20, 20, 10)
+    top_k: tuple[Positive, Positive, Positive, Positive, Positive, Positive] = (40, 40, 40, 20, 20, 10)
     """Of each of the passes."""
 
 

@@ -39,7 +39,11 @@ class TokenizerConfig(Config):
 class LossWeights(Config):
     """Weights of the VQVAE's loss terms (spec 1.3; the weights were never published)."""
 
+    rates: tuple[Weight, Weight, Weight] = (1.0, 1.0, 1.0)
+    """Factors of the reconstruction terms of rates 4, 8, 16."""
     l1: Weight = 1.0
+    l2: Weight = 0.0
+    """Mean squared error. Alone, L1 learns hues late: where they vary, its minimum is their grey median."""
     ms_ssim: Weight = 1.0
     perceptual: Weight = 1.0
     commitment: Weight = 1.0
@@ -140,12 +144,29 @@ class Recipe(Config):
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
+    def _pipeline_parallel(self) -> "Recipe":
+        for name, train in (("vqvae", self.vqvae.train), ("direct_sr", self.direct_sr.train), ("iterative_sr", self.iterative_sr.train)):
+            if train.pipeline_parallel != 1:
+                raise ValueError(f"{name}.train.pipeline_parallel {train.pipeline_parallel}: only coglm can have pipe stages; use 1")
+        return self
+
+    @model_validator(mode="after")
     def _positions(self) -> "Recipe":
         needed = self.coglm.model.image_position + 1 + self.data.base_grid**2
         if self.coglm.model.max_positions < needed:
             raise ValueError(
                 f"coglm.model.max_positions {self.coglm.model.max_positions} is too few: "
                 f"image_position + 1 + base grid of {self.data.base_grid}x{self.data.base_grid} needs {needed}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _text(self) -> "Recipe":
+        weight = self.coglm.objectives.text_weight
+        if weight and not any(corpus.for_objective for corpus in self.data.text):
+            raise ValueError(
+                f"coglm.objectives.text_weight {weight} needs a corpus of data.text with for_objective; "
+                "name one, or set the weight to 0"
             )
         return self
 

@@ -26,7 +26,11 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (35, 35, 35),
 }
 SHAPES = ("circle", "square", "triangle", "cross", "rectangle")
-BACKGROUNDS: dict[str, tuple[int, int, int]] = {"white": (252, 252, 252), "grey": (200, 200, 200), "beige": (245, 225, 190)}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "white": (252, 252, 252),
+    "grey": (200, 200, 200),
+    "beige": (245, 225, 190),
+}
 SIZES: dict[str, float] = {"small": 0.15, "large": 0.2}
 """Half the side of an object / side of the picture."""
 PLACES: dict[str, tuple[float, float]] = {
@@ -34,6 +38,8 @@ PLACES: dict[str, tuple[float, float]] = {
 }  # fmt: skip
 JITTER = 0.015
 """Largest shift of a centre / side of the picture, each way."""
+_CROWDED = 0.8
+"""Three objects are drawn smaller by this factor: at full size they would touch."""
 _SUPERSAMPLING = 3
 
 
@@ -62,7 +68,7 @@ def outline(shape: str, x: float, y: float, half: float) -> list[tuple[float, fl
     if shape == "circle":
         turns = [2 * math.pi * k / 48 for k in range(48)]
         return [(x + half * math.cos(t), y + half * math.sin(t)) for t in turns]
-    corners = {
+    table: dict[str, list[tuple[float, float]]] = {
         "square": [(-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)],
         "triangle": [(0, -1), (1, 0.85), (-1, 0.85)],
         "rectangle": [(-1, -0.5), (1, -0.5), (1, 0.5), (-1, 0.5)],
@@ -70,8 +76,8 @@ def outline(shape: str, x: float, y: float, half: float) -> list[tuple[float, fl
             (-0.32, -1), (0.32, -1), (0.32, -0.32), (1, -0.32), (1, 0.32), (0.32, 0.32),
             (0.32, 1), (-0.32, 1), (-0.32, 0.32), (-1, 0.32), (-1, -0.32), (-0.32, -0.32),
         ],
-    }[shape]  # fmt: skip
-    return [(x + half * dx, y + half * dy) for dx, dy in corners]
+    }  # fmt: skip
+    return [(x + half * dx, y + half * dy) for dx, dy in table[shape]]
 
 
 def render(scene: Scene, size: int) -> Image.Image:
@@ -79,15 +85,17 @@ def render(scene: Scene, size: int) -> Image.Image:
     side = size * _SUPERSAMPLING
     image = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
     canvas = ImageDraw.Draw(image)
+    scale = side * (_CROWDED if len(scene.objects) == 3 else 1)
     for drawn in scene.objects:
-        corners = outline(drawn.shape, drawn.x * side, drawn.y * side, SIZES[drawn.size] * side)
+        corners = outline(drawn.shape, drawn.x * side, drawn.y * side, SIZES[drawn.size] * scale)
         canvas.polygon(corners, fill=COLOURS[drawn.colour])
     return image.reduce(_SUPERSAMPLING)
 
 
 def unseen_pairs(share: float, seed: int) -> frozenset[tuple[str, str]]:
     """Return the (colour, shape) pairs kept out of training: at least `share` of all, spread over colours and shapes."""
-    wanted = math.ceil(share * len(COLOURS) * len(SHAPES))
+    # Rounded first: 0.1 of 30 is 3.0000000000000004.
+    wanted = math.ceil(round(share * len(COLOURS) * len(SHAPES), 9))
     rng = np.random.default_rng(_seed_of(seed, "pairs", 0))
     colours, shapes = list(rng.permutation(list(COLOURS))), list(rng.permutation(SHAPES))
     # Diagonals of the colour x shape table: each one takes a different shape for each colour.
@@ -99,7 +107,12 @@ def unseen_pairs(share: float, seed: int) -> frozenset[tuple[str, str]]:
     return frozenset(pairs[:wanted])
 
 
-def draw_scene(rng: np.random.Generator, pairs: list[tuple[str, str]], max_objects: int, must: list[tuple[str, str]] | None = None) -> Scene:
+def draw_scene(
+    rng: np.random.Generator,
+    pairs: list[tuple[str, str]],
+    max_objects: int,
+    must: list[tuple[str, str]] | None = None,
+) -> Scene:
     """Draw a scene whose objects are distinct (colour, shape) pairs from `pairs`, at least one of them from `must`."""
     weights = np.array([0.3, 0.7, 0.5][:max_objects])
     count = 1 + int(rng.choice(max_objects, p=weights / weights.sum()))
@@ -112,10 +125,16 @@ def draw_scene(rng: np.random.Generator, pairs: list[tuple[str, str]], max_objec
         centres = [PLACES[arrangement]]
     else:
         arrangement = str(rng.choice(["row", "column"]))
-        along = [0.26, 0.74] if count == 2 else [0.18, 0.5, 0.82]
+        along = [0.26, 0.74] if count == 2 else [0.16, 0.5, 0.84]
         centres = [(a, 0.5) if arrangement == "row" else (0.5, a) for a in along]
     objects = tuple(
-        Drawn(colour, shape, size, x + float(rng.uniform(-JITTER, JITTER)), y + float(rng.uniform(-JITTER, JITTER)))
+        Drawn(
+            colour,
+            shape,
+            size,
+            x + float(rng.uniform(-JITTER, JITTER)),
+            y + float(rng.uniform(-JITTER, JITTER)),
+        )
         for (colour, shape), size, (x, y) in zip(chosen, sizes, centres, strict=True)
     )
     return Scene(objects, str(rng.choice(list(BACKGROUNDS))), arrangement)
@@ -138,12 +157,20 @@ class DrawingsSource:
         every = [(colour, shape) for colour in COLOURS for shape in SHAPES]
         self._seen = [pair for pair in every if pair not in unseen]
         self._unseen = sorted(unseen)
-        counts = {"train": config.drawings.count, "held_out": config.held_out, "unseen": config.held_out if unseen else 0}
+        counts = {
+            "train": config.drawings.count,
+            "held_out": config.held_out,
+            "unseen": config.held_out if unseen else 0,
+        }
         self._items = [(split, number) for split, count in counts.items() for number in range(count)]
         self.keys = [f"{split}-{number:06d}" for split, number in self._items]
-        self.splits = {split: [i for i, item in enumerate(self._items) if item[0] == split] for split in counts}
+        self.splits = {
+            split: [i for i, item in enumerate(self._items) if item[0] == split] for split in counts
+        }
         self.refused: list[Refusal] = []
-        self.fingerprint = fingerprint("drawings-1", config.drawings, self._size, list(self._languages), seed, config.held_out)
+        self.fingerprint = fingerprint(
+            "drawings-1", config.drawings, self._size, list(self._languages), seed, config.held_out  # type: ignore[arg-type]  # JSON
+        )
         self.description = (
             f"{config.drawings.count} generated drawings, {len(self._seen)} (colour, shape) pairs in training, "
             f"{len(self._unseen)} never"
@@ -174,5 +201,10 @@ class DrawingsSource:
         buffer = io.BytesIO()
         render(scene, self._size).save(buffer, "PNG", compress_level=1)
         objects = [{"colour": o.colour, "shape": o.shape, "size": o.size} for o in scene.objects]
-        metadata = {"facts": facts, "objects": objects, "background": scene.background, "arrangement": scene.arrangement}
+        metadata = {
+            "facts": facts,
+            "objects": objects,
+            "background": scene.background,
+            "arrangement": scene.arrangement,
+        }
         return RawPair(self.keys[index], buffer.getvalue(), captions, metadata)

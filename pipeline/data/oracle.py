@@ -12,7 +12,7 @@ from cogview2.pipeline.data.drawings import BACKGROUNDS, COLOURS, SHAPES, SIZES,
 _FOREGROUND_DISTANCE = 60.0
 """RGB distance from the background above which a pixel belongs to an object."""
 _LEAST_AREA = 0.008
-"""Share of the picture below which a blob is noise; the smallest object covers 0.035."""
+"""Share of the picture below which a blob is noise; the smallest object covers 0.029."""
 _TEMPLATE = 24
 
 
@@ -57,6 +57,7 @@ def components(mask: np.ndarray) -> list[np.ndarray]:
         grown = labels.copy()
         grown[1:] = np.maximum(grown[1:], labels[:-1])
         grown[:-1] = np.maximum(grown[:-1], grown[1:])
+        grown[~mask] = 0  # else labels would go round the corner, over the background
         grown[:, 1:] = np.maximum(grown[:, 1:], grown[:, :-1])
         grown[:, :-1] = np.maximum(grown[:, :-1], grown[:, 1:])
         grown[~mask] = 0
@@ -125,7 +126,10 @@ def check(reading: Reading, facts: dict[str, Any]) -> dict[str, bool]:
     colour = sorted(o.colour for o in seen) == sorted(o["colour"] for o in wanted)
     shape = sorted((o.colour, o.shape) for o in seen) == sorted((o["colour"], o["shape"]) for o in wanted)
     if len(seen) == len(wanted) and len(seen) > 1:
-        spread = {"row": max(o.x for o in seen) - min(o.x for o in seen), "column": max(o.y for o in seen) - min(o.y for o in seen)}
+        spread = {
+            "row": max(o.x for o in seen) - min(o.x for o in seen),
+            "column": max(o.y for o in seen) - min(o.y for o in seen),
+        }
         seen.sort(key=lambda o: o.x if arrangement == "row" else o.y)
         other = "column" if arrangement == "row" else "row"
         side = spread[arrangement] > spread[other]
@@ -133,6 +137,15 @@ def check(reading: Reading, facts: dict[str, Any]) -> dict[str, bool]:
         side = side and (not shape or [o.shape for o in seen] == [o["shape"] for o in wanted])
     else:
         side = len(seen) == len(wanted) and (arrangement is None or _place_of(seen[0]) == arrangement)
-    size = len(seen) == len(wanted) and all(o.size == w.get("size", o.size) for o, w in zip(seen, wanted, strict=True))
+    size = len(seen) == len(wanted) and all(
+        o.size == w.get("size", o.size) for o, w in zip(seen, wanted, strict=True)
+    )
     background = facts["background"] in (None, reading.background)
-    return {"colour": colour, "shape": shape, "side": side, "all": colour and shape and side, "size": size, "background": background}
+    return {
+        "colour": colour,
+        "shape": shape,
+        "side": side,
+        "all": colour and shape and side,
+        "size": size,
+        "background": background,
+    }

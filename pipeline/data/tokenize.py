@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,6 +34,10 @@ class Refused:
         examples = self.examples.setdefault(refusal.reason, [])
         if len(examples) < 3:
             examples.append(f"{refusal.key}: {refusal.detail}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values (dataclasses.asdict breaks a Counter before Python 3.12)."""
+        return {"counts": dict(self.counts), "examples": self.examples}
 
 
 class PairTokenizer:
@@ -64,15 +69,23 @@ class PairTokenizer:
     def _encode(self, opened: list[tuple[RawPair, np.ndarray, bool]]) -> Iterator[TokenPair]:
         full = torch.from_numpy(np.stack([pixels for _, pixels, _ in opened])).float() / 255
         side = self.data.base_size
-        small = torch.nn.functional.interpolate(full, size=(side, side), mode="bilinear", antialias=True).clamp(0, 1)
+        small = torch.nn.functional.interpolate(
+            full, size=(side, side), mode="bilinear", antialias=True
+        ).clamp(0, 1)
         base = self._codes(small)
         superres = self._codes(full)
         for (pair, _, large), base_codes, superres_codes in zip(opened, base, superres, strict=True):
             text_ids = {
-                language: np.array(self.text.encode(caption), dtype=np.int32) for language, caption in pair.captions.items()
+                language: np.array(self.text.encode(caption), dtype=np.int32)
+                for language, caption in pair.captions.items()
             }
             yield TokenPair(
-                pair.key, text_ids, base_codes, superres_codes if large else None, dict(pair.captions), dict(pair.metadata)
+                pair.key,
+                text_ids,
+                base_codes,
+                superres_codes if large else None,
+                dict(pair.captions),
+                dict(pair.metadata),
             )
 
     def _codes(self, pixels_BCHW: torch.Tensor) -> np.ndarray:
@@ -86,7 +99,12 @@ def shard_ranges(count: int, per_shard: int) -> list[range]:
 
 
 def write_range(
-    folder: Path, name: str, tokenizer: PairTokenizer, source: Source, indices: list[int], report: Callable[[Refused], None]
+    folder: Path,
+    name: str,
+    tokenizer: PairTokenizer,
+    source: Source,
+    indices: list[int],
+    report: Callable[[Refused], None],
 ) -> ShardEntry:
     """Write one shard; `report` gets what was left out of it, before the shard is final."""
     refused = Refused()

@@ -41,9 +41,13 @@ def world_from_environment() -> World:
     try:
         values = {name: int(os.environ.get(name, default)) for name, default in names.items()}
     except ValueError as error:
-        raise LaunchError(f"the launcher set a rank variable to no number ({error}); start with cogview2 run") from error
+        raise LaunchError(
+            f"the launcher set a rank variable to no number ({error}); start with cogview2 run"
+        ) from error
     if not 0 <= values["RANK"] < values["WORLD_SIZE"]:
-        raise LaunchError(f"RANK {values['RANK']} is outside WORLD_SIZE {values['WORLD_SIZE']}; start with cogview2 run")
+        raise LaunchError(
+            f"RANK {values['RANK']} is outside WORLD_SIZE {values['WORLD_SIZE']}; start with cogview2 run"
+        )
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda", values["LOCAL_RANK"]) if cuda else torch.device("cpu")
     return World(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"], device)
@@ -51,7 +55,11 @@ def world_from_environment() -> World:
 
 @contextmanager
 def process_group(world: World) -> Iterator[World]:
-    """Hold DeepSpeed's process group open: gloo on CPUs, NCCL on GPUs."""
+    """Hold DeepSpeed's process group open: gloo on CPUs, NCCL on GPUs.
+
+    It is closed after success only. An error leaves it to the end of the process: closed earlier, the other
+    ranks would fail, and report so, before this one has reported its own, first error.
+    """
     import deepspeed
     import deepspeed.ops
 
@@ -65,11 +73,9 @@ def process_group(world: World) -> Iterator[World]:
         torch.cuda.set_device(world.device)
     backend = "nccl" if world.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(backend, timeout=_TIMEOUT, dist_init_required=True, verbose=False)
-    try:
-        yield world
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    yield world
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def broadcast_object(value: T, source: int = 0) -> T:

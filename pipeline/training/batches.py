@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from cogview2.pipeline.config.base import fingerprint
 from cogview2.pipeline.config.data import DataConfig
 from cogview2.pipeline.config.model import CogLMConfig, DirectSRConfig, IterativeSRConfig
 from cogview2.pipeline.config.stages import ObjectiveConfig
@@ -57,11 +58,13 @@ class ImageBatches:
     ) -> None:
         """Read the pictures `usable` of `source`, which are known to decode."""
         if not usable:
-            raise DataError(f"no usable picture for training in {source.description}; check data.source and data.images")
+            raise DataError(
+                f"no usable picture for training in {source.description}; check data.source and data.images"
+            )
         self._source, self._usable, self._data, self._kinds = source, usable, data, kinds
         self._seed, self._accumulation = seed, accumulation
         self.plan = SamplePlan([len(usable)], seed)
-        self.dataset_sha256 = source.fingerprint
+        self.dataset_sha256 = fingerprint({"source": source.fingerprint, "usable": usable})
         self._loader = StepLoader(self._read, self.plan, global_batch, data_rank, data_size)
         self._cache: dict[int, np.ndarray] = {}
 
@@ -83,7 +86,9 @@ class ImageBatches:
         if kind == "base":
             pixels = downsample(pixels, side)
         elif kind == "crop":
-            pixels = torch.stack([self._crop(p, epoch, index) for p, (epoch, index) in zip(pixels, places, strict=True)])
+            pixels = torch.stack(
+                [self._crop(p, epoch, index) for p, (epoch, index) in zip(pixels, places, strict=True)]
+            )
         return _cut([{"pixels": picture} for picture in pixels], self._accumulation)
 
     def _crop(self, picture_CHW: torch.Tensor, epoch: int, index: int) -> torch.Tensor:
@@ -112,7 +117,9 @@ def load_pixels(source: Source, index: int, data: DataConfig) -> np.ndarray:
 
 def _to_batch(samples: list[Sample], accumulation: int) -> list[Batch]:
     fields = ("tokens", "position_ids", "labels", "loss_mask", "roles")
-    return _cut([{f: torch.from_numpy(getattr(sample, f)) for f in fields} for sample in samples], accumulation)
+    return _cut(
+        [{f: torch.from_numpy(getattr(sample, f)) for f in fields} for sample in samples], accumulation
+    )
 
 
 class PairBatches:
@@ -135,7 +142,9 @@ class PairBatches:
         self._index, self._make, self._salt = index, make, salt
         self._seed, self._accumulation = seed, accumulation
         numbers = range(len(index))
-        self._numbers = [i for i in numbers if index.locate(i)[1].has_superres] if only_superres else list(numbers)
+        self._numbers = (
+            [i for i in numbers if index.locate(i)[1].has_superres] if only_superres else list(numbers)
+        )
         if not self._numbers:
             raise DataError(
                 "no sample of the shards has high-resolution codes: every picture is smaller than the final size; "
@@ -144,7 +153,9 @@ class PairBatches:
         sizes = index.sizes if len(self._numbers) == len(index) else [len(self._numbers)]
         self.plan = SamplePlan(sizes, seed)
         self.dataset_sha256 = index.fingerprint
-        self._loader = StepLoader(lambda i: index.read(self._numbers[i]), self.plan, global_batch, data_rank, data_size)
+        self._loader = StepLoader(
+            lambda i: index.read(self._numbers[i]), self.plan, global_batch, data_rank, data_size
+        )
 
     def samples(self, step: int) -> list[Sample]:
         """Return this rank's samples of update `step`."""
@@ -163,7 +174,17 @@ class PairBatches:
 class MixedBatches:
     """Pairs and pure text in a fixed share of every global batch."""
 
-    def __init__(self, pairs: PairBatches, text: ShardIndex, *, seed: int, text_batch: int, accumulation: int, data_rank: int, data_size: int) -> None:
+    def __init__(
+        self,
+        pairs: PairBatches,
+        text: ShardIndex,
+        *,
+        seed: int,
+        text_batch: int,
+        accumulation: int,
+        data_rank: int,
+        data_size: int,
+    ) -> None:
         """Add `text_batch` samples of `text` (over all ranks) to each step of `pairs`."""
         self._pairs, self._text, self._seed, self._accumulation = pairs, text, seed, accumulation
         self.plan, self.dataset_sha256 = pairs.plan, pairs.dataset_sha256
@@ -180,7 +201,11 @@ class MixedBatches:
         ]
         pairs = self._pairs.samples(step)
         # Round robin, so that every micro batch gets both kinds.
-        together = [s for k in range(self._accumulation) for s in (pairs[k :: self._accumulation] + samples[k :: self._accumulation])]
+        together = [
+            s
+            for k in range(self._accumulation)
+            for s in (pairs[k :: self._accumulation] + samples[k :: self._accumulation])
+        ]
         return _to_batch(together, self._accumulation)
 
 
@@ -203,31 +228,52 @@ def _one_language(pair: TokenPair, rng: np.random.Generator) -> list[int]:
 
 
 def coglm_sample(
-    pair: TokenPair, rng: np.random.Generator, *, objectives: ObjectiveConfig, config: CogLMConfig, vocabulary: Vocabulary
+    pair: TokenPair,
+    rng: np.random.Generator,
+    *,
+    objectives: ObjectiveConfig,
+    config: CogLMConfig,
+    vocabulary: Vocabulary,
 ) -> Sample:
     """Make a text-image sample of CogLM; which captions share a row is the recipe's choice."""
     if objectives.captions_per_row == "one":
         captions = [_one_language(pair, rng)]
     else:
         # Chinese first, as stored by the published pipeline.
-        captions = [[int(i) for i in pair.text_ids[language]] for language in sorted(pair.text_ids, reverse=True)]
+        captions = [
+            [int(i) for i in pair.text_ids[language]] for language in sorted(pair.text_ids, reverse=True)
+        ]
     row = compose_row(captions, pair.base_codes, config.text_length, vocabulary)
     return text_image_sample(row, rng, objectives=objectives, config=config, vocabulary=vocabulary)
 
 
 def direct_sample(
-    pair: TokenPair, rng: np.random.Generator, *, config: DirectSRConfig, coglm: CogLMConfig, vocabulary: Vocabulary
+    pair: TokenPair,
+    rng: np.random.Generator,
+    *,
+    config: DirectSRConfig,
+    coglm: CogLMConfig,
+    vocabulary: Vocabulary,
 ) -> Sample:
     """Make a sample of direct SR with one of the pair's captions."""
     assert pair.superres_codes is not None
     text = _one_language(pair, rng)
-    return direct_sr_sample(text, pair.base_codes, pair.superres_codes, config=config, coglm=coglm, vocabulary=vocabulary)
+    return direct_sr_sample(
+        text, pair.base_codes, pair.superres_codes, config=config, coglm=coglm, vocabulary=vocabulary
+    )
 
 
 def iterative_sample(
-    pair: TokenPair, rng: np.random.Generator, *, config: IterativeSRConfig, coglm: CogLMConfig, vocabulary: Vocabulary
+    pair: TokenPair,
+    rng: np.random.Generator,
+    *,
+    config: IterativeSRConfig,
+    coglm: CogLMConfig,
+    vocabulary: Vocabulary,
 ) -> Sample:
     """Make a sample of iterative SR with one of the pair's captions."""
     assert pair.superres_codes is not None
     text = _one_language(pair, rng)
-    return iterative_sr_sample(text, pair.superres_codes, rng, config=config, coglm=coglm, vocabulary=vocabulary)
+    return iterative_sr_sample(
+        text, pair.superres_codes, rng, config=config, coglm=coglm, vocabulary=vocabulary
+    )

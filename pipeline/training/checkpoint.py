@@ -1,8 +1,9 @@
 """Checkpoints that exist whole or not at all: staging, manifest, one rename (docs/reliability.md).
 
-checkpoints/step_000001200/{ds/..., data_state.json, rng_rank0.pt, ..., MANIFEST.json}
+checkpoints/step_000001200/{ds/..., data_state.json, rng_rank0.pt, meters_rank0.pt, ..., MANIFEST.json}
 """
 
+import hashlib
 import json
 import logging
 import re
@@ -10,6 +11,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from cogview2.pipeline import fsops
 from cogview2.pipeline.data.sample_plan import DataState
@@ -30,6 +33,8 @@ class Restored:
 
     step: int
     data: DataState
+    meters: torch.Tensor
+    """What this rank had summed up since the last logged step."""
 
 
 def _name(step: int) -> str:
@@ -67,8 +72,6 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def _digest(manifest: dict[str, Any]) -> str:
-    import hashlib
-
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
@@ -84,8 +87,14 @@ class Checkpointer:
         matches = [_STEP.fullmatch(path.name) for path in self.folder.glob("step_*") if path.is_dir()]
         return sorted(int(match.group(1)) for match in matches if match)
 
-    def save(self, engine: TrainingEngine, step: int, data: DataState) -> None:
+    def save(self, engine: TrainingEngine, step: int, data: DataState, meters: torch.Tensor) -> None:
         """Commit the full state after `step` updates; what is on disk before stays until the rename.
+
+        Args:
+            engine: saves weights and optimizer.
+            step: updates done.
+            data: where training stands in its data.
+            meters: this rank's sums since the last logged step, so that the next logged means are exact too.
 
         Raises:
             CheckpointError: on every rank, when any rank could not write its part.
@@ -98,7 +107,9 @@ class Checkpointer:
                 shutil.rmtree(staging)
             fsops.make_dirs(staging)
         barrier()
-        self._together(lambda: self._write_part(engine, staging, step), f"write its part of {staging}")
+        self._together(
+            lambda: self._write_part(engine, staging, step, meters), f"write its part of {staging}"
+        )
         self._together(lambda: self._commit(staging, target, step, data), f"commit {target}")
 
     def _together(self, action: Any, what: str) -> None:
@@ -113,8 +124,9 @@ class Checkpointer:
         if problems:
             raise CheckpointError(f"{problems[0]}; the checkpoint before is untouched")
 
-    def _write_part(self, engine: TrainingEngine, staging: Path, step: int) -> None:
+    def _write_part(self, engine: TrainingEngine, staging: Path, step: int, meters: torch.Tensor) -> None:
         engine.save(str(staging), step)
+        torch.save(meters, staging / f"meters_rank{self.world.rank}.pt")
         save_random_state(staging / f"rng_rank{self.world.rank}.pt")
 
     def _commit(self, staging: Path, target: Path, step: int, data: DataState) -> None:
@@ -126,8 +138,17 @@ class Checkpointer:
         files = {}
         for path in _files(staging):
             fsops.fsync_file(path)
-            files[path.relative_to(staging).as_posix()] = {"size": path.stat().st_size, "sha256": fsops.sha256_file(path)}
-        manifest = {"format": _FORMAT, "step": step, "fingerprint": self.fingerprint, "world_size": self.world.size, "files": files}
+            files[path.relative_to(staging).as_posix()] = {
+                "size": path.stat().st_size,
+                "sha256": fsops.sha256_file(path),
+            }
+        manifest = {
+            "format": _FORMAT,
+            "step": step,
+            "fingerprint": self.fingerprint,
+            "world_size": self.world.size,
+            "files": files,
+        }
         fsops.write_json(staging / MANIFEST, manifest | {"sha256": _digest(manifest)})
         for folder in sorted((path for path in staging.rglob("*") if path.is_dir()), reverse=True):
             fsops.fsync_dir(folder)
@@ -160,12 +181,14 @@ class Checkpointer:
         engine.load(str(folder))
         load_random_state(folder / f"rng_rank{self.world.rank}.pt")
         data = DataState.from_dict(json.loads((folder / "data_state.json").read_text(encoding="utf-8")))
+        meters = torch.load(folder / f"meters_rank{self.world.rank}.pt", weights_only=True)
         logger.info("resumed from %s", folder)
-        return Restored(step, data)
+        return Restored(step, data, meters)
 
     def _find(self) -> tuple[int, int] | CheckpointError | None:
-        for leftover in self.folder.glob(".staging.*"):
-            shutil.rmtree(leftover)
+        for pattern in (".staging.*", ".trash.*"):
+            for leftover in self.folder.glob(pattern):
+                shutil.rmtree(leftover)
         bad: list[str] = []
         for step in reversed(self.steps()):
             folder = self.folder / _name(step)
@@ -182,8 +205,12 @@ class Checkpointer:
                     f"{folder} was trained with another section, seed or input of the recipe; restore it, or start a new run"
                 )
             return step, int(manifest["world_size"])
+        # Also those of earlier attempts: the same command given twice must not begin at step 0.
+        bad += sorted(f"{path} is damaged" for path in (self.folder / "quarantine").glob("step_*"))
         if bad:
-            return CheckpointError(f"no good checkpoint is left: {bad[0]}; restore one, or delete {self.folder} to start at step 0")
+            return CheckpointError(
+                f"no good checkpoint is left: {bad[0]}; restore one, or delete {self.folder} to start at step 0"
+            )
         return None
 
     @staticmethod

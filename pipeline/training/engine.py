@@ -65,6 +65,16 @@ def _set_learning_rate(engine: Any, value: float) -> None:
         group["lr"] = value
 
 
+def _whole(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Return a frozen parameter, which has no master copy; under ZeRO-3 a rank holds only a share of it."""
+    import deepspeed
+
+    if not hasattr(parameter, "ds_id"):
+        return parameter.data
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.data.clone()
+
+
 class _SavingMixin:
     engine: Any
 
@@ -74,7 +84,10 @@ class _SavingMixin:
 
     def save(self, folder: str, step: int) -> None:
         # The universal info cannot be added later, and without it another topology cannot resume.
-        info = {"universal_checkpoint_version": 0.2, "pipeline_replicated_parameter_patterns": self.replicated}
+        info = {
+            "universal_checkpoint_version": 0.2,
+            "pipeline_replicated_parameter_patterns": self.replicated,
+        }
         client_state = {"universal_checkpoint_info": info, "step": step}
         if not self.engine.save_checkpoint(folder, tag="ds", client_state=client_state, save_latest=False):
             raise OSError(f"DeepSpeed could not save to {folder}")
@@ -103,7 +116,9 @@ class PlainEngine(_SavingMixin):
 
     def train_step(self, step: int, micro_batches: list[Batch], learning_rate: float) -> StepOutput:
         _set_learning_rate(self.engine, learning_rate)
-        on_device = [{name: value.to(self.device) for name, value in batch.items()} for batch in micro_batches]
+        on_device = [
+            {name: value.to(self.device) for name, value in batch.items()} for batch in micro_batches
+        ]
         self.module.begin_step(step, on_device)
         loss = 0.0
         sums = torch.zeros(len(self.metric_names))
@@ -126,7 +141,7 @@ class PlainEngine(_SavingMixin):
         if low_precision or partitioned:
             # The float32 master weights live in the optimizer, a share on each rank: all must take part.
             for name, parameter in self.module.model.named_parameters():
-                full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else parameter.data
+                full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else _whole(parameter)
                 state[name] = full.float().cpu() if dist.get_rank() == 0 else torch.empty(0)
         return state if dist.get_rank() == 0 else None
 
@@ -140,7 +155,7 @@ class PipeEngine(_SavingMixin):
 
         self.engine = _initialize(module, config)
         self.model_config = model
-        self.metric_names = PART_NAMES
+        self.metric_names: tuple[str, ...] = PART_NAMES
         self.replicated = [TIED_PATTERN]
         self.data_rank = self.engine.grid.get_data_parallel_rank()
         self.data_size = self.engine.grid.get_data_parallel_world_size()
@@ -158,7 +173,10 @@ class PipeEngine(_SavingMixin):
     @staticmethod
     def _iterator(micro_batches: list[Batch]) -> Iterator[tuple[Any, Any]]:
         for batch in micro_batches:
-            yield (batch["tokens"], batch["position_ids"], batch["roles"]), (batch["labels"], batch["loss_mask"])
+            yield (
+                (batch["tokens"], batch["position_ids"], batch["roles"]),
+                (batch["labels"], batch["loss_mask"]),
+            )
 
     def full_state(self) -> dict[str, torch.Tensor] | None:
         from deepspeed.utils import safe_get_full_fp32_param

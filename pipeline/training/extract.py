@@ -1,6 +1,7 @@
 """The weights inside a checkpoint, without an engine."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,15 +26,19 @@ def coglm_state(folder: Path, config: CogLMConfig) -> dict[str, torch.Tensor]:
         return pipe_to_plain(states, config)
     file = folder / "ds" / "mp_rank_00_model_states.pt"
     if not file.is_file():
-        raise CheckpointError(f"{folder} holds partitioned parameters (ZeRO-3); evaluate the exported weights instead")
+        raise CheckpointError(
+            f"{folder} holds partitioned parameters (ZeRO-3); evaluate the exported weights instead"
+        )
     module = _load(file)["module"]
-    return {name.removeprefix(_MODULE_PREFIX): t for name, t in module.items() if name.startswith(_MODULE_PREFIX)}
+    return {
+        name.removeprefix(_MODULE_PREFIX): t for name, t in module.items() if name.startswith(_MODULE_PREFIX)
+    }
 
 
-def _load(path: Path) -> dict[str, torch.Tensor]:
+def _load(path: Path) -> dict[str, Any]:
     # Only tensors and plain values: what DeepSpeed adds besides is not needed, so its classes are allowed by name only.
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
     with torch.serialization.safe_globals([ZeroStageEnum]):
-        loaded: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return loaded

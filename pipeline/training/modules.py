@@ -43,7 +43,8 @@ class TrainModule(nn.Module):
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Split the trainable parameters: no weight decay on vectors (biases, norms) and embeddings (spec 2.7)."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:

@@ -85,7 +85,10 @@ class Trainer:
         if restored is not None:
             restored.data.check(self.batches.plan, self.batches.dataset_sha256)
             first = restored.step
-        writer = MetricsWriter(self.stage.metrics, self.stage.tensorboard, first) if self.world.is_first else None
+            self._sums, self._counts = restored.meters.unbind()
+        writer = (
+            MetricsWriter(self.stage.metrics, self.stage.tensorboard, first) if self.world.is_first else None
+        )
         self._logged_at = (first, time.monotonic())
         try:
             for step in range(first, self.train.steps):
@@ -111,12 +114,16 @@ class Trainer:
         together = sum_over_ranks(torch.tensor([output.loss, float(self.stop.is_set)], dtype=torch.float64))
         self._loss = float(together[0]) / self.world.size
         if not math.isfinite(self._loss):
-            raise NumericError(f"the loss of step {step + 1} is {self._loss}; lower train.optimizer.learning_rate")
+            raise NumericError(
+                f"the loss of step {step + 1} is {self._loss}; lower train.optimizer.learning_rate"
+            )
         self._sums += torch.cat([output.sums, torch.tensor([output.loss])])
         self._counts += torch.cat([output.counts, torch.ones(1)])
         return output.extra | {"learning_rate": rate}, bool(together[1] > 0)
 
-    def _after_step(self, done: int, extra: dict[str, float], must_stop: bool, writer: MetricsWriter | None) -> None:
+    def _after_step(
+        self, done: int, extra: dict[str, float], must_stop: bool, writer: MetricsWriter | None
+    ) -> None:
         last = done == self.train.steps
         if done % self.train.log_every == 0 or last:
             self._log(done, extra, writer)
@@ -127,9 +134,12 @@ class Trainer:
             self.on_sample(done, writer)
         if must_stop or last or done % self.train.checkpoint.every_steps == 0:
             consumed = done * self.train.global_batch
-            self.checkpointer.save(self.engine, done, DataState.at(self.batches.plan, self.batches.dataset_sha256, consumed))
+            data = DataState.at(self.batches.plan, self.batches.dataset_sha256, consumed)
+            self.checkpointer.save(self.engine, done, data, torch.stack([self._sums, self._counts]))
         if must_stop and not last:
-            raise Preempted(f"stopped by {self.stop.reason} after step {done}, which is saved; the same command goes on from there")
+            raise Preempted(
+                f"stopped by {self.stop.reason} after step {done}, which is saved; the same command goes on from there"
+            )
 
     def _log(self, done: int, extra: dict[str, float], writer: MetricsWriter | None) -> None:
         """Reduce and write the means since the last log. Collective."""
@@ -138,7 +148,9 @@ class Trainer:
         seconds = max(time.monotonic() - self._logged_at[1], 1e-9)
         steps = done - self._logged_at[0]
         values = {"loss": means[-1]}
-        values |= {f"loss_{name}": means[i] for i, name in enumerate(self.engine.metric_names) if totals[1][i] > 0}
+        values |= {
+            f"loss_{name}": means[i] for i, name in enumerate(self.engine.metric_names) if totals[1][i] > 0
+        }
         norm = self.engine.grad_norm()
         values |= {} if norm is None else {"grad_norm": norm}
         values |= extra | {
@@ -158,9 +170,13 @@ class Trainer:
     def _beat(self, done: int) -> None:
         if time.monotonic() - self._beat_at >= _HEARTBEAT_SECONDS:
             seconds = max(time.monotonic() - self._logged_at[1], 1e-9)
-            self._write_beat(done, self._loss, (done - self._logged_at[0]) * self.train.global_batch / seconds)
+            self._write_beat(
+                done, self._loss, (done - self._logged_at[0]) * self.train.global_batch / seconds
+            )
 
     def _write_beat(self, done: int, loss: float | None, throughput: float) -> None:
         self._beat_at = time.monotonic()
         left = (self.train.steps - done) * self.train.global_batch / max(throughput, 1e-9)
-        self.stage.write_heartbeat(done, self.train.steps, loss=loss, throughput=throughput, unit=self.unit, eta_seconds=left)
+        self.stage.write_heartbeat(
+            done, self.train.steps, loss=loss, throughput=throughput, unit=self.unit, eta_seconds=left
+        )

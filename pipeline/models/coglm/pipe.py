@@ -19,6 +19,7 @@ from cogview2.pipeline.config.model import CogLMConfig
 from cogview2.pipeline.errors import CheckpointError
 from cogview2.pipeline.models.coglm.loss import PART_NAMES, LabelRanges, coglm_loss
 from cogview2.pipeline.models.coglm.masks import attention_mask
+from cogview2.pipeline.models.coglm.model import CogLM
 from cogview2.pipeline.models.transformer.attention import score_bias
 from cogview2.pipeline.models.transformer.block import Block
 from cogview2.pipeline.models.transformer.init import Embedding, seeded
@@ -121,6 +122,26 @@ class CogLMPipe(PipelineModule):
         return self.loss_fn.parts if isinstance(self.loss_fn, PipeLoss) else None
 
 
+def _layer_seeds(config: CogLMConfig, init_seed: int) -> list[int]:
+    """Return the seed of each layer that draws weights: words, positions, blocks."""
+    count = config.layers + _FIRST_BLOCK
+    return [init_seed * count + layer for layer in range(count)]
+
+
+def init_as_pipe(model: CogLM, init_seed: int) -> None:
+    """Give a plain CogLM the fresh weights that `build_pipeline_module` draws from `init_seed`."""
+    config, words = model.config, model.transformer.word_embeddings
+    seeds = _layer_seeds(config, init_seed)
+    with torch.no_grad():
+        for layer, seed in enumerate(seeds):
+            if layer == 0:
+                drawn: nn.Module = PipeWords(config, words.num_embeddings, seed)
+            else:
+                drawn = PipePositions(config, seed) if layer == 1 else PipeBlock(config, seed)
+            for name, parameter in drawn.named_parameters():
+                model.get_parameter(_to_plain(layer, name, config)).copy_(parameter)
+
+
 def build_pipeline_module(
     config: CogLMConfig,
     rows: int,
@@ -146,9 +167,7 @@ def build_pipeline_module(
     """
     # DeepSpeed's own layer seeding is not used: it reseeds every forward pass too, so dropout would repeat on
     # all data parallel ranks and after a resume, and its default function fails on numpy integers.
-    seeds = [
-        init_seed * (config.layers + _FIRST_BLOCK) + layer for layer in range(config.layers + _FIRST_BLOCK)
-    ]
+    seeds = _layer_seeds(config, init_seed)
     words = dict(config=config, rows=rows, seed=seeds[0])
     layers = [
         # No forward_fn here: DeepSpeed writes a tied module to layer files only where it is called itself.

@@ -204,9 +204,10 @@ class VectorQuantizer(Float32Buffers):
             empty = (counts_n == 0).nonzero()[:, 0][: len(latents_ME)]
             farthest = distances_M.topk(len(empty)).indices
             self.embed.weight[empty] = latents_ME[farthest]
-        counts_n, _ = self.statistics(latents_ME, self.nearest(latents_ME))
-        self.cluster_size.copy_(counts_n.clamp(min=RESTARTED_CLUSTER_SIZE))
-        self.embed_avg.copy_(self.embed.weight * self.cluster_size[:, None])
+        # Not the counts: a code of flat background would start with a weight of thousands, and lag behind the
+        # encoder for hundreds of steps.
+        self.cluster_size.fill_(RESTARTED_CLUSTER_SIZE)
+        self.embed_avg.copy_(self.embed.weight * RESTARTED_CLUSTER_SIZE)
 
     @staticmethod
     def usage(counts_n: Tensor) -> tuple[float, float]:

@@ -18,9 +18,12 @@ def label_ranges(vocabulary: Vocabulary) -> LabelRanges:
 class CogLMTrainModule(TrainModule):
     """Batches: tokens, position_ids, roles, labels int64 [B, S]; loss_mask bool [B, S]."""
 
+    model: CogLM
     metric_names = PART_NAMES
 
-    def __init__(self, config: CogLMConfig, vocabulary: Vocabulary, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self, config: CogLMConfig, vocabulary: Vocabulary, activation_checkpointing: bool = False
+    ) -> None:
         super().__init__()
         self.model = CogLM(config, vocabulary.rows)
         self.model.transformer.activation_checkpointing = activation_checkpointing

@@ -13,7 +13,9 @@ from cogview2.pipeline.training.modules import Batch, LossOutput, TrainModule
 class _SuperresTrainModule(TrainModule):
     """Batches: tokens, position_ids, roles (1 at real text), labels int64 [B, S]; loss_mask bool [B, S]."""
 
-    metric_names = ("codes", "accuracy")
+    model: DirectSR | IterativeSR
+    metric_names = ("codes", "above_half")
+    """Cross-entropy, and the share of codes given a probability above one half."""
 
     def __init__(self, model: DirectSR | IterativeSR, vocabulary: Vocabulary) -> None:
         super().__init__()
@@ -51,4 +53,6 @@ class IterativeSRTrainModule(_SuperresTrainModule):
     model: IterativeSR
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
-        return self.model(batch["tokens"], batch["position_ids"], batch["roles"][:, : self.model.config.text_length].bool())
+        return self.model(
+            batch["tokens"], batch["position_ids"], batch["roles"][:, : self.model.config.text_length].bool()
+        )

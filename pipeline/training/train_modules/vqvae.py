@@ -29,6 +29,7 @@ class _CodeUse(Float32Buffers):
 class VQVAETrainModule(TrainModule):
     """Batches: {"pixels": float [B, 3, H, W] in [0, 1]}."""
 
+    model: VQVAE
     metric_names = ("l1_rate4", "l1_rate8", "l1_rate16", "ms_ssim", "perceptual", "commitment")
 
     def __init__(self, config: VQVAEStageConfig, seed: int) -> None:
@@ -49,19 +50,25 @@ class VQVAETrainModule(TrainModule):
         output = self.model(pixels_BCHW, quantize=self._quantize)
         weights = self.config.loss
         pictures = list(output.reconstructions.values())
-        l1 = [l1_loss(picture, pixels_BCHW) for picture in pictures]
-        zero = pixels_BCHW.new_zeros(())
-        ssim = torch.stack([ms_ssim_loss(p, pixels_BCHW) for p in pictures]).sum() if weights.ms_ssim else zero
-        perceptual = torch.stack([self.perceptual(p, pixels_BCHW) for p in pictures]).sum() if weights.perceptual else zero
-        loss = (
-            weights.l1 * torch.stack(l1).sum()
-            + weights.ms_ssim * ssim
-            + weights.perceptual * perceptual
-            + weights.commitment * output.commitment
+        factors = pixels_BCHW.new_tensor(weights.rates)
+        nothing = pixels_BCHW.new_zeros(len(RATES))
+        l1 = torch.stack([l1_loss(picture, pixels_BCHW) for picture in pictures])
+        ssim = torch.stack([ms_ssim_loss(p, pixels_BCHW) for p in pictures]) if weights.ms_ssim else nothing
+        perceptual = (
+            torch.stack([self.perceptual(p, pixels_BCHW) for p in pictures])
+            if weights.perceptual
+            else nothing
         )
+        l2 = (
+            torch.stack([(picture - pixels_BCHW).square().mean() for picture in pictures])
+            if weights.l2
+            else nothing
+        )
+        terms = weights.l1 * l1 + weights.l2 * l2 + weights.ms_ssim * ssim + weights.perceptual * perceptual
+        loss = (factors * terms).sum() + weights.commitment * output.commitment
         if self._quantize:
             self._count(output.latents, output.codes)
-        sums = torch.stack([*l1, ssim / len(RATES), perceptual / len(RATES), output.commitment / len(RATES)]).detach()
+        sums = torch.stack([*l1, ssim.mean(), perceptual.mean(), output.commitment / len(RATES)]).detach()
         return LossOutput(loss, sums, torch.ones_like(sums))
 
     def _count(self, latents_ME: torch.Tensor, codes_M: torch.Tensor) -> None:
@@ -79,7 +86,9 @@ class VQVAETrainModule(TrainModule):
 
     @torch.no_grad()
     def _initialize_codebook(self, micro_batches: list[Batch]) -> None:
-        latents = torch.cat([self.model(batch["pixels"], quantize=False).latents for batch in micro_batches]).float()
+        latents = torch.cat(
+            [self.model(batch["pixels"], quantize=False).latents for batch in micro_batches]
+        ).float()
         world = dist.get_world_size() if dist.is_initialized() else 1
         generator = torch.Generator().manual_seed(self.seed)
         wanted = min(len(latents), -(-_INIT_LATENTS_PER_CODE * self.config.model.codebook_size // world))
@@ -112,10 +121,16 @@ class VQVAETrainModule(TrainModule):
         restarted = int(dead.sum()) if self.config.restart_after else 0
         if restarted:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-            picks = torch.randint(len(self._latents), (len(dead),), generator=generator).to(self._latents.device)
+            picks = torch.randint(len(self._latents), (len(dead),), generator=generator).to(
+                self._latents.device
+            )
             replacements = self._latents[picks].float()
             self._from_rank_zero(replacements)
             quantizer.restart(dead, replacements)
             self.use.idle_steps[dead] = 0
         share, perplexity = quantizer.usage(self.use.recent)
-        return {"codebook_used": share, "codebook_perplexity": perplexity, "codes_restarted": float(restarted)}
+        return {
+            "codebook_used": share,
+            "codebook_perplexity": perplexity,
+            "codes_restarted": float(restarted),
+        }

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from cogview2.launch import cascade as cascade_module
-from cogview2.launch.cascade import Cascade, Options, select_stages
+from cogview2.launch import cli
+from cogview2.launch.cascade import Cascade, Options, select_stages, summary
 from cogview2.launch.status import find_run, log_file, table
 from cogview2.pipeline.attempt import Attempt
 from cogview2.pipeline.config.loading import load_recipe
 from cogview2.pipeline.config.stages import STAGES
 from cogview2.pipeline.errors import CogView2Error, ConfigError, ExitCode, LaunchError, LockedError
-from cogview2.pipeline.run_dir import RunDirectory
+from cogview2.pipeline.run_dir import RunDirectory, units
 
 # Stands in for a launched stage: rank 0 only, behaviour chosen by a file in the run directory.
 FAKE_STAGE = """
@@ -48,7 +49,9 @@ recipe = run.load_recipe()
 for unit in units(name):
     folder = run.stage(unit).create()
     (folder.output / "made.txt").write_text(f"{name} {recipe.seed}")
-    folder.write_done(run.inputs(unit), folder.output_files(), run.fingerprint(recipe, unit))
+    said = {"summary": [f"weights {recipe.evaluate.weights}", f"captions {recipe.evaluate.captions}"]}
+    extra = said if name == "evaluate" else {"loss": 1.5}
+    folder.write_done(run.inputs(unit), folder.output_files(), run.fingerprint(recipe, unit), extra)
 stage.write_heartbeat(10, 10, loss=1.5)
 attempt.write_outcome(0, "done", 0, 10, "")
 sys.exit(3 if mode == "badcode" else 0)
@@ -75,6 +78,17 @@ def execute(
     recipe = load_recipe("quickstart", list(overrides))
     options = Options(select_stages(stages), restart_stale=restart_stale, command=fake_command)
     return Cascade(run, recipe, options).execute()
+
+
+def complete(run: RunDirectory) -> None:
+    """Let every stage be done without starting it."""
+    recipe = load_recipe("quickstart", [])
+    run.create(recipe)
+    for stage in STAGES:
+        for unit in units(stage):
+            folder = run.stage(unit).create()
+            (folder.output / "made.txt").write_text(unit)
+            folder.write_done(run.inputs(unit), folder.output_files(), run.fingerprint(recipe, unit))
 
 
 def set_mode(run: RunDirectory, mode: str) -> None:
@@ -234,6 +248,70 @@ def test_restart_sets_the_stage_and_its_readers_aside(
     assert out.count("skipped") == 4
     assert (run.path / "stale" / "0002-evaluate" / "DONE.json").exists()
     assert execute(run, change) == ExitCode.DONE
+
+
+@pytest.mark.parametrize(
+    "change", ["evaluate.weights=quickstart@600", "sampling.clusters=32", "evaluate.captions=7"]
+)
+def test_a_repeatable_stage_runs_again_with_other_values(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], change: str
+) -> None:
+    complete(run)
+    before = run.stage("evaluate").done()
+    capsys.readouterr()
+    for count in (1, 1):  # the same again is a no-op
+        assert execute(run, change) == ExitCode.DONE
+        assert [len(run.stage(stage).attempts()) for stage in STAGES] == [0, 0, 0, 0, 0, count]
+    out = capsys.readouterr().out
+    assert out.count("evaluate: its settings or inputs changed, it runs again") == 1
+    assert out.count("skipped: done before") == 5 + 6
+    after = run.stage("evaluate").done()
+    assert before is not None and after is not None and after.fingerprint != before.fingerprint
+    assert run.load_recipe() == load_recipe("quickstart", [change])
+    assert not (run.path / "stale").exists()
+    assert execute(run, stages="evaluate") == ExitCode.DONE
+    assert run.load_recipe() == load_recipe("quickstart", [])
+    assert len(run.stage("evaluate").attempts()) == 2
+
+
+def test_a_repeated_stage_that_fails_is_not_done(run: RunDirectory) -> None:
+    complete(run)
+    set_mode(run, "fail70")
+    assert execute(run, "evaluate.captions=7", stages="evaluate") == 70
+    assert not run.is_done("evaluate")
+    set_mode(run, "good")
+    assert execute(run, "evaluate.captions=7", stages="evaluate") == ExitCode.DONE
+    record = run.stage("evaluate").done()
+    assert record is not None and record.extra["summary"] == ["weights None", "captions 7"]
+
+
+def test_a_repeatable_stage_does_not_excuse_the_others(run: RunDirectory) -> None:
+    complete(run)
+    with pytest.raises(ConfigError, match="stage train_vqvae"):
+        execute(run, "evaluate.captions=7", "vqvae.ema_decay=0.9", stages="evaluate")
+    assert run.is_done("evaluate")
+    with (
+        run.stage("evaluate").lock("rank 0 of a killed launcher"),
+        pytest.raises(LockedError, match="rank 0"),
+    ):
+        execute(run, "evaluate.captions=7", stages="evaluate")
+    assert run.is_done("evaluate")
+
+
+def test_the_summary_is_the_last_word(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "Options", lambda stages, stale: Options(stages, stale, fake_command))
+    argv = ["run", "quickstart", "--runs-dir", str(run.path.parent), "--set", "evaluate.captions=9"]
+    complete(run)
+    assert cli.main(argv) == ExitCode.DONE
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-4].startswith("done in ")
+    assert lines[-3:] == [f"report: {run.report_path}", "weights None", "captions 9"]
+    assert run.report_path.is_file()
+    assert summary(run, ("train_vqvae", "finetune_superres")) == []
+    assert cli.main([*argv, "--stages", "train_vqvae"]) == ExitCode.DONE
+    assert capsys.readouterr().out.splitlines()[-1] == f"report: {run.report_path}"
 
 
 def test_inputs_that_changed_behind_the_back_are_refused(run: RunDirectory) -> None:

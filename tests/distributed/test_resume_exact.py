@@ -1,0 +1,90 @@
+"""An interrupted stage, started again by the same command, ends exactly as one that ran straight through."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import Ranks, copy, digests, metrics, new_run, override, run_stage
+
+from cogview2.pipeline.errors import ExitCode
+from cogview2.pipeline.models.coglm.model import CogLM
+from cogview2.pipeline.run_dir import RunDirectory
+from cogview2.pipeline.tokenizers.vocabulary import Vocabulary
+from cogview2.pipeline.training.extract import coglm_state
+from cogview2.pipeline.weights import load_into, load_weights
+
+pytestmark = pytest.mark.distributed
+PIPE = ("coglm.train.deepspeed=coglm_tiny_pp", "coglm.train.pipeline_parallel=2")
+WEIGHTS = "weights.safetensors"
+
+
+def _interrupt(run: RunDirectory, stage: str, ranks: int, how: str) -> int:
+    """Stop the stage soon after its first checkpoint; return the newest step that is saved."""
+    checkpoints = run.stage(stage).checkpoints
+    job = Ranks(run, stage, ranks).when(lambda: (checkpoints / "step_000000004").is_dir())
+    if how == "SIGTERM":
+        # To the last rank alone: all must learn of it and stop at the same step.
+        assert job.terminate(ranks - 1) == [ExitCode.REQUEUE] * ranks, job.logs()
+    else:
+        job.kill()
+    assert run.stage(stage).done() is None
+    return max(int(path.name.removeprefix("step_")) for path in checkpoints.glob("step_*"))
+
+
+def _compare(straight: RunDirectory, resumed: RunDirectory, stage: str) -> None:
+    assert metrics(resumed, stage) == metrics(straight, stage)
+    assert digests(resumed.stage(stage).output) == digests(straight.stage(stage).output)
+
+
+@pytest.mark.parametrize(("ranks", "how"), [(2, "SIGTERM"), (1, "SIGKILL")])
+def test_train_vqvae(tmp_path: Path, ranks: int, how: str) -> None:
+    # Lines every 5 steps, checkpoints every 2: the sums of a line must survive too.
+    settings = ("vqvae.train.steps=16", "vqvae.train.log_every=5")
+    straight, resumed = (new_run(tmp_path / name, *settings) for name in ("straight", "resumed"))
+    assert 4 <= _interrupt(resumed, "train_vqvae", ranks, how) < 16
+    run_stage(resumed, "train_vqvae", ranks)
+    run_stage(straight, "train_vqvae", ranks)
+    _compare(straight, resumed, "train_vqvae")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "how", "settings"),
+    [(1, "SIGTERM", ()), (2, "SIGKILL", ()), (2, "SIGTERM", PIPE)],
+    ids=["one rank", "two ranks", "two pipe stages"],
+)
+def test_pretrain_coglm(
+    sharded_run: RunDirectory, tmp_path: Path, ranks: int, how: str, settings: tuple[str, ...]
+) -> None:
+    settings = ("coglm.train.steps=40", "coglm.train.log_every=3", *settings)
+    straight = override(sharded_run, *settings)
+    resumed = copy(straight, tmp_path / "resumed", until="shard_dataset")
+    assert 4 <= _interrupt(resumed, "pretrain_coglm", ranks, how) < 40
+    run_stage(resumed, "pretrain_coglm", ranks)
+    run_stage(straight, "pretrain_coglm", ranks)
+    _compare(straight, resumed, "pretrain_coglm")
+
+
+def test_two_pipe_stages_train_as_the_plain_model(sharded_run: RunDirectory, tmp_path: Path) -> None:
+    # The same micro batches in both: a loss is a mean over micro batches of means over their positions.
+    plain = override(sharded_run, "coglm.model.dropout=0", "coglm.train.steps=3", PIPE[0])
+    piped = override(copy(plain, tmp_path / "piped", until="shard_dataset"), PIPE[1])
+    run_stage(plain, "pretrain_coglm", 1)
+    run_stage(piped, "pretrain_coglm", 2)
+    lines = [metrics(run, "pretrain_coglm") for run in (plain, piped)]
+    for step, (one, two) in enumerate(zip(*lines, strict=True), start=1):
+        for key in ("loss", "loss_image", "grad_norm"):
+            assert float.fromhex(two[key]) == pytest.approx(
+                float.fromhex(one[key]), rel=1e-5 if step == 1 else 1e-3
+            ), key
+    recipe = piped.load_recipe()
+    rows = Vocabulary.load(piped.stage("train_tokenizer").output / "vocabulary.json").rows
+    exported = piped.stage("pretrain_coglm").output / WEIGHTS
+    load_into(CogLM(recipe.coglm.model, rows), exported)
+    weights, reference = load_weights(exported), load_weights(plain.stage("pretrain_coglm").output / WEIGHTS)
+    for name, tensor in reference.items():
+        torch.testing.assert_close(weights[name], tensor, atol=2e-3, rtol=0, msg=name)
+    for run in (plain, piped):  # what is inside the last checkpoint is what was exported
+        inside = coglm_state(run.stage("pretrain_coglm").checkpoints / "step_000000003", recipe.coglm.model)
+        own = load_weights(run.stage("pretrain_coglm").output / WEIGHTS)
+        assert inside.keys() == own.keys()
+        assert all(torch.equal(inside[name], own[name]) for name in own)
