@@ -72,7 +72,9 @@ class DataConfig(Config):
     @classmethod
     def _local_source(cls, value: str) -> str:
         if "://" in value or value.startswith("pipe:"):
-            raise ValueError(f"data.source {value!r} is not a local path; copy the data to a file system and name the folder")
+            raise ValueError(
+                f"data.source {value!r} is not a local path; copy the data to a file system and name the folder"
+            )
         return value
 
     @model_validator(mode="after")
@@ -83,7 +85,9 @@ class DataConfig(Config):
                 f"use {self.base_size // self.compression_rate * self.compression_rate or self.compression_rate}"
             )
         if self.base_size % 16:
-            raise ValueError(f"base_size {self.base_size} is not a multiple of 16, the coarsest rate of the VQVAE")
+            raise ValueError(
+                f"base_size {self.base_size} is not a multiple of 16, the coarsest rate of the VQVAE"
+            )
         return self
 
     @property

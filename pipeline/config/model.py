@@ -15,7 +15,11 @@ class VQVAEConfig(Config):
     base_channels: Positive = 128
     encoder_multipliers: tuple[int, ...] = (1, 2, 4)
     encoder_res_blocks: Positive = 2
-    decoder_multipliers: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] = ((1, 1, 1, 2, 4), (1, 1, 2, 4), (1, 2, 4))
+    decoder_multipliers: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] = (
+        (1, 1, 1, 2, 4),
+        (1, 1, 2, 4),
+        (1, 2, 4),
+    )
     """For the decoders of rates 16, 8, 4, in this order (the order of `decs` in the published layout)."""
     latent_channels: Positive = 256
     codebook_size: Positive = 20_000
@@ -30,9 +34,13 @@ class VQVAEConfig(Config):
         for rate, multipliers in zip((16, 8, 4), self.decoder_multipliers, strict=True):
             levels = rate.bit_length()
             if len(multipliers) != levels:
-                raise ValueError(f"the decoder of rate {rate} needs {levels} multipliers, not {len(multipliers)}")
+                raise ValueError(
+                    f"the decoder of rate {rate} needs {levels} multipliers, not {len(multipliers)}"
+                )
         if self.base_channels % self.norm_groups:
-            raise ValueError(f"base_channels {self.base_channels} is not a multiple of norm_groups {self.norm_groups}")
+            raise ValueError(
+                f"base_channels {self.base_channels} is not a multiple of norm_groups {self.norm_groups}"
+            )
         return self
 
 
@@ -59,6 +67,9 @@ class CogLMConfig(Config):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     layernorm_eps: float = 1e-5
     init_std: float = 0.02
+    branch_norm_init: Annotated[float, Field(gt=0)] = 1.0
+    """Initial weight of the two layer norms on branch outputs (published: 1). At 1 each branch starts as large as a
+    normalised vector and drowns embeddings of std `init_std`; narrow models learn faster from a smaller one."""
     vocabulary: VocabularyConfig = VocabularyConfig(rows=150_010)
 
     @model_validator(mode="after")

@@ -145,9 +145,15 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _pipeline_parallel(self) -> "Recipe":
-        for name, train in (("vqvae", self.vqvae.train), ("direct_sr", self.direct_sr.train), ("iterative_sr", self.iterative_sr.train)):
+        for name, train in (
+            ("vqvae", self.vqvae.train),
+            ("direct_sr", self.direct_sr.train),
+            ("iterative_sr", self.iterative_sr.train),
+        ):
             if train.pipeline_parallel != 1:
-                raise ValueError(f"{name}.train.pipeline_parallel {train.pipeline_parallel}: only coglm can have pipe stages; use 1")
+                raise ValueError(
+                    f"{name}.train.pipeline_parallel {train.pipeline_parallel}: only coglm can have pipe stages; use 1"
+                )
         return self
 
     @model_validator(mode="after")

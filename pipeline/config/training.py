@@ -52,5 +52,7 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _warmup(self) -> "TrainConfig":
         if self.optimizer.warmup_steps > self.steps:
-            raise ValueError(f"optimizer.warmup_steps {self.optimizer.warmup_steps} is above steps {self.steps}")
+            raise ValueError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} is above steps {self.steps}"
+            )
         return self

@@ -169,7 +169,12 @@ class DrawingsSource:
         }
         self.refused: list[Refusal] = []
         self.fingerprint = fingerprint(
-            "drawings-1", config.drawings, self._size, list(self._languages), seed, config.held_out  # type: ignore[arg-type]  # JSON
+            "drawings-1",
+            config.drawings,
+            self._size,
+            list(self._languages),
+            seed,
+            config.held_out,  # type: ignore[arg-type]  # JSON
         )
         self.description = (
             f"{config.drawings.count} generated drawings, {len(self._seen)} (colour, shape) pairs in training, "

@@ -38,6 +38,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.LayerNorm(config.hidden, config.layernorm_eps)
         self.mlp = FeedForward(config)
         self.fourth_layernorm = nn.LayerNorm(config.hidden, config.layernorm_eps)
+        for norm in (self.third_layernorm, self.fourth_layernorm):
+            nn.init.constant_(norm.weight, config.branch_norm_init)
 
     def forward(
         self, hidden_BSD: torch.Tensor, attend: Callable[[torch.Tensor], torch.Tensor]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cogview2.pipeline.errors import ConfigError
 
 LAPLACE_EPS = 1e-5
+_DRAW_ROUNDS = 16
 RESTARTED_CLUSTER_SIZE = 1.0
 COPY_NOISE = 0.1
 DISTANCES_PER_CHUNK = 2**26
@@ -171,7 +172,7 @@ class VectorQuantizer(Float32Buffers):
     def initialize(
         self, latents_ME: Tensor, generator: torch.Generator | None = None, iterations: int = 5
     ) -> None:
-        """Place the codes on data: random distinct latents, then Lloyd iterations; the averages start there.
+        """Place the codes on data: distinct latents far apart, then Lloyd iterations; the averages start there.
 
         A code left without latents (a copy, where many latents are equal) moves to a badly served latent.
 
@@ -239,10 +240,38 @@ def _nearest(latents_ME: Tensor, table_nE: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(codes), torch.cat(distances)
 
 
+def far_rows(
+    latents_ME: Tensor, count: int, generator: torch.Generator, chosen_nE: Tensor | None = None
+) -> Tensor:
+    """Draw up to `count` distinct latents, int64 [<= count], mostly far from those drawn before and from `chosen_nE`.
+
+    The draws of k-means++ in a few rounds: probability by squared distance. Drawn evenly, most codes would fall on
+    the flat background that most latents are, and its tiny variations would become codes of their own.
+    """
+    drawn: list[Tensor] = []
+    table_nE = chosen_nE if chosen_nE is not None else latents_ME[:0]
+    left = min(count, len(latents_ME))
+    per_round = max(1, -(-left // _DRAW_ROUNDS))
+    while left > 0:
+        weights_M = (
+            _nearest(latents_ME, table_nE)[1] if len(table_nE) else latents_ME.new_ones(len(latents_ME))
+        )
+        weights_M = weights_M.float().clamp(min=torch.finfo(torch.float32).tiny).cpu()
+        for rows in drawn:
+            weights_M[rows] = 0
+        # Exponential races: the largest of weight / Exp(1) are draws without replacement.
+        races_M = torch.empty(len(weights_M)).exponential_(generator=generator)
+        rows = (weights_M.double() / races_M.double()).topk(min(per_round, left)).indices
+        drawn.append(rows)
+        table_nE = torch.cat([table_nE, latents_ME[rows.to(latents_ME.device)]])
+        left -= len(rows)
+    return torch.cat(drawn) if drawn else torch.zeros(0, dtype=torch.int64)
+
+
 def _draw_rows(latents_ME: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Return `count` latents without repetition; where there are too few, copies with a little noise."""
+    """Return `count` latents without repetition, see `far_rows`; where there are too few, copies with a little noise."""
     device = generator.device
-    rows = torch.randperm(len(latents_ME), generator=generator, device=device)[:count]
+    rows = far_rows(latents_ME, count, generator)
     missing = count - len(rows)
     drawn_nE = latents_ME[rows.to(latents_ME.device)]
     if not missing:

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from cogview2.pipeline.config.stages import VQVAEStageConfig
 from cogview2.pipeline.models.vqvae.losses import build_perceptual, l1_loss, ms_ssim_loss
 from cogview2.pipeline.models.vqvae.model import RATES, VQVAE
-from cogview2.pipeline.models.vqvae.quantizer import Float32Buffers
+from cogview2.pipeline.models.vqvae.quantizer import Float32Buffers, far_rows
 from cogview2.pipeline.training.metrics import sum_over_ranks
 from cogview2.pipeline.training.modules import Batch, LossOutput, TrainModule
 
@@ -121,10 +121,11 @@ class VQVAETrainModule(TrainModule):
         restarted = int(dead.sum()) if self.config.restart_after else 0
         if restarted:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-            picks = torch.randint(len(self._latents), (len(dead),), generator=generator).to(
-                self._latents.device
-            )
-            replacements = self._latents[picks].float()
+            rows = far_rows(self._latents.float(), restarted, generator, quantizer.embed.weight)
+            replacements = quantizer.embed.weight.clone()
+            replacements[dead.nonzero()[: len(rows), 0]] = self._latents[
+                rows.to(self._latents.device)
+            ].float()
             self._from_rank_zero(replacements)
             quantizer.restart(dead, replacements)
             self.use.idle_steps[dead] = 0
