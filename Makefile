@@ -29,7 +29,7 @@ checks: $(STAMP) types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
-	$(BIN)/codespell $(SOURCES) tests docs README.md CONTRIBUTING.md CHANGELOG.md
+	$(BIN)/codespell -L debgu,paht,caf $(SOURCES) tests docs README.md CONTRIBUTING.md CHANGELOG.md
 
 types: $(STAMP) $(LINKS)
 	$(BIN)/mypy -p cogview2

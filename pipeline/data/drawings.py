@@ -171,10 +171,12 @@ class DrawingsSource:
         self.fingerprint = fingerprint(
             "drawings-1",
             config.drawings,
-            self._size,
-            list(self._languages),
-            seed,
-            config.held_out,  # type: ignore[arg-type]  # JSON
+            {
+                "size": self._size,
+                "languages": list(self._languages),
+                "seed": seed,
+                "held_out": config.held_out,
+            },
         )
         self.description = (
             f"{config.drawings.count} generated drawings, {len(self._seen)} (colour, shape) pairs in training, "
