@@ -19,6 +19,8 @@ class DrawingsConfig(Config):
     """Most objects in one picture."""
     held_out_pairs: Annotated[float, Field(ge=0.0, lt=0.7)] = 0.3
     """Share of the (colour, shape) pairs that never occur in training."""
+    jitter: Annotated[float, Field(ge=0, le=0.03)] = 0.015
+    """Largest shift of an object's centre / side of the picture, each way."""
 
 
 class ImageRulesConfig(Config):

@@ -36,8 +36,6 @@ SIZES: dict[str, float] = {"small": 0.15, "large": 0.2}
 PLACES: dict[str, tuple[float, float]] = {
     "middle": (0.5, 0.5), "left": (0.26, 0.5), "right": (0.74, 0.5), "top": (0.5, 0.26), "bottom": (0.5, 0.74)
 }  # fmt: skip
-JITTER = 0.015
-"""Largest shift of a centre / side of the picture, each way."""
 _CROWDED = 0.8
 """Three objects are drawn smaller by this factor: at full size they would touch."""
 _SUPERSAMPLING = 3
@@ -111,9 +109,13 @@ def draw_scene(
     rng: np.random.Generator,
     pairs: list[tuple[str, str]],
     max_objects: int,
+    jitter: float,
     must: list[tuple[str, str]] | None = None,
 ) -> Scene:
-    """Draw a scene whose objects are distinct (colour, shape) pairs from `pairs`, at least one of them from `must`."""
+    """Draw a scene whose objects are distinct (colour, shape) pairs from `pairs`, at least one of them from `must`.
+
+    Each centre is moved by up to `jitter` of the picture's side, each way.
+    """
     weights = np.array([0.3, 0.7, 0.5][:max_objects])
     count = 1 + int(rng.choice(max_objects, p=weights / weights.sum()))
     chosen = [pairs[k] for k in rng.choice(len(pairs), size=count, replace=False)]
@@ -132,8 +134,8 @@ def draw_scene(
             colour,
             shape,
             size,
-            x + float(rng.uniform(-JITTER, JITTER)),
-            y + float(rng.uniform(-JITTER, JITTER)),
+            x + float(rng.uniform(-jitter, jitter)),
+            y + float(rng.uniform(-jitter, jitter)),
         )
         for (colour, shape), size, (x, y) in zip(chosen, sizes, centres, strict=True)
     )
@@ -153,6 +155,7 @@ class DrawingsSource:
         self._languages = config.languages
         self._seed = seed
         self._max_objects = config.drawings.max_objects
+        self._jitter = config.drawings.jitter
         unseen = unseen_pairs(config.drawings.held_out_pairs, seed)
         every = [(colour, shape) for colour in COLOURS for shape in SHAPES]
         self._seen = [pair for pair in every if pair not in unseen]
@@ -191,8 +194,10 @@ class DrawingsSource:
         split, number = self._items[index]
         rng = np.random.default_rng(_seed_of(self._seed, split, number))
         if split == "unseen":
-            return draw_scene(rng, self._seen + self._unseen, self._max_objects, must=self._unseen)
-        return draw_scene(rng, self._seen, self._max_objects)
+            return draw_scene(
+                rng, self._seen + self._unseen, self._max_objects, self._jitter, must=self._unseen
+            )
+        return draw_scene(rng, self._seen, self._max_objects, self._jitter)
 
     def read(self, index: int) -> RawPair:
         """Return picture `index` as PNG bytes with its captions; metadata["facts"] tells what each caption states."""

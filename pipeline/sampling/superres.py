@@ -117,8 +117,6 @@ def iterative_superres(
     """
     device, cells = device_of(model), model.grid**2
     _check_uniforms(uniforms_PBG, (PASSES, len(text_ids), cells))
-    if len(config.top_k) != PASSES:
-        raise ValueError(f"sampling.iterative.top_k needs {PASSES} numbers, one a pass, got {config.top_k}")
     codes_BG, uniforms_PBG = codes_BG.to(device, copy=True), uniforms_PBG.to(device)
     with inference(model):
         for step, mask in enumerate(lopar_masks(model.grid)):

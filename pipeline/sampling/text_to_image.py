@@ -115,11 +115,6 @@ class TextToImage:
                     f"direct super-resolution gives a grid of {fine}, iterative needs {self.iterative.grid}; "
                     "take both from one run"
                 )
-        if len(self.sampling.iterative.top_k) != PASSES:
-            raise ConfigError(
-                f"sampling.iterative.top_k needs {PASSES} numbers, one a pass, got "
-                f"{len(self.sampling.iterative.top_k)}"
-            )
 
     def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Return the model ids of each prompt.

@@ -21,6 +21,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "built_stages", lambda: ["train_vqvae", "evaluate"])
     monkeypatch.setattr(module, "FLOORS", {"caption.accuracy": 0.5})
+    monkeypatch.setattr(module, "CEILINGS", {"error": 0.1})
     return module
 
 
@@ -36,7 +37,7 @@ def make_run(tmp_path: Path, losses: list[float], figures: dict[str, object]) ->
     return run
 
 
-GOOD = {"caption": {"accuracy": 0.6}}
+GOOD = {"caption": {"accuracy": 0.6}, "error": 0.05}
 
 
 @pytest.mark.parametrize(
@@ -45,8 +46,9 @@ GOOD = {"caption": {"accuracy": 0.6}}
         ([4.0, 3.0, 3.1, 2.0], GOOD, []),
         ([2.0, 3.0, 3.1, 4.0], GOOD, ["the loss of stage train_vqvae went from 2 to 4"]),
         ([4.0, float("nan"), 2.0], GOOD, ["stage train_vqvae logged a loss that is not finite"]),
-        ([4.0, 2.0], {"caption": {"accuracy": 0.4}}, ["caption.accuracy is 0.4, the floor is 0.5"]),
-        ([4.0, 2.0], {}, ["caption.accuracy is None, the floor is 0.5"]),
+        ([4.0, 2.0], GOOD | {"caption": {"accuracy": 0.4}}, ["caption.accuracy is 0.4, the floor is 0.5"]),
+        ([4.0, 2.0], GOOD | {"error": 0.2}, ["error is 0.2, the ceiling is 0.1"]),
+        ([4.0, 2.0], {"error": 0.05}, ["caption.accuracy is None, the floor is 0.5"]),
     ],
 )
 def test_floors(
