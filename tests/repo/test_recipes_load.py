@@ -36,3 +36,27 @@ def test_the_published_sizes() -> None:
     assert recipe.coglm.model.vocabulary.rows == 150_010
     assert (recipe.data.base_grid, recipe.data.superres_grid) == (20, 60)
     assert recipe.vqvae.model.codebook_size == 20_000
+
+
+def test_cogview2_6b_has_the_published_parameter_counts() -> None:
+    import torch
+
+    from cogview2.pipeline.models.coglm.model import CogLM
+    from cogview2.pipeline.models.vqvae.model import VQVAE
+    from cogview2.stages._loading import build_direct, build_iterative
+
+    recipe = load_recipe("cogview2_6b", [])
+    rows = recipe.coglm.model.vocabulary.rows
+    assert rows is not None
+    with torch.device("meta"):
+        models = (
+            CogLM(recipe.coglm.model, rows),
+            build_direct(recipe, rows),
+            build_iterative(recipe, rows),
+            VQVAE(recipe.vqvae.model),
+        )
+    quantizer = models[3].state_dict()
+    counts = [sum(parameter.numel() for parameter in model.parameters()) for model in models[:3]]
+    # The published count of the VQVAE takes the codebook in, which is a buffer here.
+    counts.append(sum(t.numel() for name, t in quantizer.items() if "cluster_size" not in name and "embed_avg" not in name))
+    assert counts == [5_902_307_328, 7_725_895_680, 5_913_366_528, 97_439_497]
