@@ -116,7 +116,7 @@ def draw_scene(
 
     Each centre is moved by up to `jitter` of the picture's side, each way.
     """
-    weights = np.array([0.3, 0.7, 0.5][:max_objects])
+    weights = np.array([0.5, 0.5, 0.4][:max_objects])
     count = 1 + int(rng.choice(max_objects, p=weights / weights.sum()))
     chosen = [pairs[k] for k in rng.choice(len(pairs), size=count, replace=False)]
     if must and not set(chosen) & set(must):
