@@ -58,5 +58,11 @@ def test_cogview2_6b_has_the_published_parameter_counts() -> None:
     quantizer = models[3].state_dict()
     counts = [sum(parameter.numel() for parameter in model.parameters()) for model in models[:3]]
     # The published count of the VQVAE takes the codebook in, which is a buffer here.
-    counts.append(sum(t.numel() for name, t in quantizer.items() if "cluster_size" not in name and "embed_avg" not in name))
+    counts.append(
+        sum(
+            t.numel()
+            for name, t in quantizer.items()
+            if "cluster_size" not in name and "embed_avg" not in name
+        )
+    )
     assert counts == [5_902_307_328, 7_725_895_680, 5_913_366_528, 97_439_497]
