@@ -39,8 +39,6 @@ class TokenizerConfig(Config):
 class LossWeights(Config):
     """Weights of the VQVAE's loss terms (spec 1.3; the weights were never published)."""
 
-    rates: tuple[Weight, Weight, Weight] = (1.0, 1.0, 1.0)
-    """Factors of the reconstruction terms of rates 4, 8, 16."""
     l1: Weight = 1.0
     l2: Weight = 0.0
     """Mean squared error. Alone, L1 learns hues late: where they vary, its minimum is their grey median."""

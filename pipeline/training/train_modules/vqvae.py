@@ -50,7 +50,6 @@ class VQVAETrainModule(TrainModule):
         output = self.model(pixels_BCHW, quantize=self._quantize)
         weights = self.config.loss
         pictures = list(output.reconstructions.values())
-        factors = pixels_BCHW.new_tensor(weights.rates)
         nothing = pixels_BCHW.new_zeros(len(RATES))
         l1 = torch.stack([l1_loss(picture, pixels_BCHW) for picture in pictures])
         ssim = torch.stack([ms_ssim_loss(p, pixels_BCHW) for p in pictures]) if weights.ms_ssim else nothing
@@ -65,7 +64,7 @@ class VQVAETrainModule(TrainModule):
             else nothing
         )
         terms = weights.l1 * l1 + weights.l2 * l2 + weights.ms_ssim * ssim + weights.perceptual * perceptual
-        loss = (factors * terms).sum() + weights.commitment * output.commitment
+        loss = terms.sum() + weights.commitment * output.commitment
         if self._quantize:
             self._count(output.latents, output.codes)
         sums = torch.stack([*l1, ssim.mean(), perceptual.mean(), output.commitment / len(RATES)]).detach()
