@@ -97,7 +97,8 @@ class Store:
             return {key: content[key] for key in content.files}
 
 
-def _uint8(pixels_BCHW: torch.Tensor) -> np.ndarray:
+def uint8_bchw(pixels_BCHW: torch.Tensor) -> np.ndarray:
+    """Return float pixels in [0, 1] as uint8 [B, 3, H, W], the layout in which pictures are stored."""
     return (pixels_BCHW.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
@@ -113,7 +114,7 @@ def draw_unit(
     texts = [prompts[k] for k in kept]
     drawn = cascade.draw(texts, seed, first_number)
     arrays: dict[str, np.ndarray] = {
-        name: _uint8(drawn.pixels(name)) for name in PASSES if name in drawn.pictures
+        name: uint8_bchw(drawn.pixels(name)) for name in PASSES if name in drawn.pictures
     }
     ids = cascade.encode(texts)
     arrays["caption_score"] = caption_log_likelihood(

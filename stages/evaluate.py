@@ -35,6 +35,8 @@ from cogview2.stages._selected_weights import Selected, select_weights
 logger = logging.getLogger(__name__)
 FORMAT = 1
 _SHOWN = 12
+_RECONSTRUCTED = 200
+"""Held-out pictures at most that are encoded and decoded again."""
 
 
 def _digest(
@@ -58,6 +60,10 @@ def _originals(source: Source, recipe: Recipe, pairs: list[TokenPair]) -> np.nda
     """Return the pictures of pairs at full size, uint8 [B, 3, S, S]."""
     numbers = {key: index for index, key in enumerate(source.keys)}
     return np.stack([load_pixels(source, numbers[pair.key], recipe.data) for pair in pairs])
+
+
+def _has_facts(pairs: list[TokenPair]) -> bool:
+    return all("facts" in pair.metadata for pair in pairs)
 
 
 class Evaluation:
@@ -194,8 +200,12 @@ class Evaluation:
         return result
 
     def reconstruction(self) -> dict[str, Any]:
-        """Return how well the VQVAE alone brings back the held-out originals, at both sizes."""
-        chosen = self.pairs.get("held_out", [])[:64]
+        """Return how well the VQVAE alone brings back the held-out originals, at both sizes.
+
+        Where the source knows its facts, the oracle reads these pictures too: no drawn picture of that size can
+        obey its caption more often.
+        """
+        chosen = self.pairs.get("held_out", [])[:_RECONSTRUCTED]
         if not chosen:
             return {}
         full = torch.from_numpy(_originals(self.source, self.recipe, chosen)).float() / 255
@@ -210,11 +220,13 @@ class Evaluation:
             )
             metrics = {"l1": l1, "psnr": psnr, "ssim": ssim}
             result[name] = {key: float(metric(rebuilt, pixels).mean()) for key, metric in metrics.items()}
+            if _has_facts(chosen):
+                result[name]["caption_accuracy"] = self._obeyed(work.uint8_bchw(rebuilt), chosen)
         return result
 
     def accuracy(self) -> dict[str, Any] | None:
         """Return how often the oracle finds what the caption states, where the source knows its facts."""
-        if not all("facts" in pair.metadata for found in self.pairs.values() for pair in found):
+        if not all(_has_facts(found) for found in self.pairs.values()):
             return None
         table: dict[str, Any] = {}
         details: dict[str, Any] = {}
@@ -236,11 +248,18 @@ class Evaluation:
                 for name, found in held_out.items()
             }
         originals = _originals(self.source, self.recipe, self.pairs["held_out"])
-        right = [
-            check(read_picture(picture.transpose(1, 2, 0)), pair.metadata["facts"][self.languages[0]])
-            for picture, pair in zip(originals, self.pairs["held_out"], strict=True)
-        ]
-        return {"table": table, "details": details, "oracle_on_originals": work.share(right)}
+        obeyed = self._obeyed(originals, self.pairs["held_out"])
+        return {"table": table, "details": details, "oracle_on_originals": obeyed}
+
+    def _obeyed(self, pictures: np.ndarray, pairs: list[TokenPair]) -> float:
+        """Return the share of pictures, uint8 [B, 3, H, W], in which the oracle finds what the caption states."""
+        language = self.languages[0]
+        return work.share(
+            [
+                check(read_picture(picture.transpose(1, 2, 0)), pair.metadata["facts"][language])
+                for picture, pair in zip(pictures, pairs, strict=True)
+            ]
+        )
 
     def picture_grid(self) -> np.ndarray:
         """Return drawn pictures of each language: base, direct and final in rows."""
@@ -277,7 +296,11 @@ def _summary(record: dict[str, Any]) -> list[str]:
     lines = [] if fid is None else [f"FID-0 {fid:.4g} ({record['fid']['network'].partition(',')[0]}{papers})"]
     for language, shares in record.get("caption_accuracy", {}).items():
         if language == next(iter(record["caption_accuracy"])):
-            lines.append(f"oracle on original drawings {record['oracle_on_originals']:.1%}")
+            rebuilt = record["reconstruction"]
+            lines.append(
+                f"oracle on original drawings {record['oracle_on_originals']:.1%}, on their reconstructions "
+                f"base {rebuilt['base']['caption_accuracy']:.1%}, final {rebuilt['full']['caption_accuracy']:.1%}"
+            )
         words = ", ".join(
             f"{name} {value:.1%}" for name, value in shares.items() if name != "final" and value is not None
         )

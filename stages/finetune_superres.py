@@ -51,9 +51,8 @@ def _train_part(
     seed_everything(recipe.seed)
     module = build(context).to(world.device)
     seed_everything(recipe.seed, world.rank + 1)
-    engine = PlainEngine(
-        module, resolve(train.deepspeed, train, world.size, cpu=world.device.type == "cpu"), world
-    )
+    deepspeed = resolve(train.deepspeed, train, world.size, cpu=world.device.type == "cpu")
+    engine = PlainEngine(module, deepspeed, train.optimizer, world)
     batches = PairBatches(
         ShardIndex.load(run.stage("shard_dataset").output / "train"),
         make,

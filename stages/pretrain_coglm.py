@@ -29,10 +29,10 @@ def _engine(context: StageContext, vocabulary: Vocabulary) -> TrainingEngine:
     seed_everything(recipe.seed, world.rank + 1)
     if train.pipeline_parallel > 1:
         module = pipe_module(model, vocabulary, train.pipeline_parallel, deepspeed["pipeline"], recipe.seed)
-        return PipeEngine(module, deepspeed, model)
+        return PipeEngine(module, deepspeed, train.optimizer, model)
     plain = CogLMTrainModule(model, vocabulary, "activation_checkpointing" in deepspeed)
     init_as_pipe(plain.model, recipe.seed)  # the same start whatever the parallelism
-    return PlainEngine(plain.to(world.device), deepspeed, world)
+    return PlainEngine(plain.to(world.device), deepspeed, train.optimizer, world)
 
 
 def _batches(context: StageContext, vocabulary: Vocabulary, engine: TrainingEngine) -> StepBatches:

@@ -75,10 +75,10 @@ def job(context: StageContext) -> None:
     usable = _usable(context, source, source.splits["train"])
     # Equal weights and codebook on every rank: DeepSpeed broadcasts parameters, not buffers.
     seed_everything(recipe.seed)
-    module = VQVAETrainModule(config, recipe.seed).to(world.device)
+    module = VQVAETrainModule(config, recipe.seed, recipe.data.compression_rate).to(world.device)
     seed_everything(recipe.seed, world.rank + 1)
     deepspeed = resolve(config.train.deepspeed, config.train, world.size, cpu=world.device.type == "cpu")
-    engine = PlainEngine(module, deepspeed, world)
+    engine = PlainEngine(module, deepspeed, config.train.optimizer, world)
     batches = ImageBatches(
         source,
         usable,

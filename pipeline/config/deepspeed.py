@@ -138,6 +138,11 @@ def _refuse_contradictions(how: DeepSpeedJson, train: TrainConfig, name: str) ->
             f"{name}: bf16 with zero_optimization.stage 0 follows another trajectory than every other stage; "
             "use stage 1"
         )
+    if train.optimizer.kind == "muon" and (stage != 0 or train.pipeline_parallel > 1):
+        raise ConfigError(
+            f"{name}: train.optimizer.kind muon needs whole matrices on every rank; use zero_optimization.stage 0 "
+            f"(not {stage}) without pipeline_parallel, or kind adamw"
+        )
     offloads = how.zero_optimization.offload_param
     if offloads is not None and offloads.device != "none" and stage != 3:
         raise ConfigError(

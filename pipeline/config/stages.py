@@ -58,6 +58,8 @@ class VQVAEStageConfig(Config):
     ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.99
     restart_after: Annotated[int, Field(ge=0)] = 50
     """Steps without use after which a code is set to a latent of the batch; 0 never."""
+    other_rates_every: Positive = 1
+    """Rates other than data.compression_rate are trained in every n-th step; 1, every step, as published."""
     autoencoder_steps: Annotated[int, Field(ge=0)] = 0
     """First steps without quantization; the codebook is initialised from data right after them."""
     perceptual_network: str | None = None
@@ -82,6 +84,9 @@ class ObjectiveConfig(Config):
     """Captions that share the text slots of a sample: every language (as published), or one drawn at random."""
     patch_mode: Literal["released", "paper"] = "released"
     """Masked 4x4 patches: a fixed number (released, about 52 % of the image), or until 75 % is covered (paper)."""
+    history_mask: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the generation samples in which some codes are hidden as inputs (published: 0). A hidden code cannot be
+    guessed from its neighbours, only from the text: small models obey captions sooner."""
 
 
 class CogLMStageConfig(Config):

@@ -7,7 +7,7 @@ import numpy as np
 
 from cogview2.pipeline.data.drawings import Drawn, Scene
 
-_ZH_COLOURS = {"red": "红", "green": "绿", "blue": "蓝", "yellow": "黄", "purple": "紫", "black": "黑"}
+_ZH_COLOURS = {"red": "红", "green": "绿", "blue": "蓝", "orange": "橙", "purple": "紫", "black": "黑"}
 _ZH_SHAPES = {
     "circle": ("圆形", "圆"),
     "square": ("正方形", "方块"),
@@ -18,35 +18,37 @@ _ZH_SHAPES = {
 _ZH_SIZES = {"small": "小", "large": "大"}
 _ZH_BACKGROUNDS = {"white": "白色", "grey": "灰色", "beige": "米色"}
 
+# Objects are named from left to right and from the top down. The tables below differ in words alone: sentences
+# that also turned the order around would cost a small model several times the training.
 _EN_ROW = (
     "{a} to the left of {b}",
-    "{b} to the right of {a}",
     "{a} on the left and {b} on the right",
     "on the left {a}, on the right {b}",
     "{a} left of {b}",
-    "there is {b} right of {a}",
+    "{a} with {b} to its right",
+    "from left to right {a}, {b}",
 )
 _EN_COLUMN = (
     "{a} above {b}",
-    "{b} below {a}",
     "{a} on top of {b}",
-    "{b} under {a}",
     "{a} at the top and {b} at the bottom",
+    "at the top {a}, at the bottom {b}",
+    "{a} with {b} below it",
     "there is {a} over {b}",
 )
 _ZH_ROW = (
     "{a}在{b}的左边",
-    "{b}在{a}的右边",
     "左边是{a}，右边是{b}",
-    "{b}左边有{a}",
+    "{a}在左边，{b}在右边",
     "{a}右边有{b}",
+    "{a}的右边是{b}",
 )
 _ZH_COLUMN = (
     "{a}在{b}的上面",
-    "{b}在{a}的下面",
     "上面是{a}，下面是{b}",
-    "{b}上方有{a}",
+    "{a}在上面，{b}在下面",
     "{a}下方有{b}",
+    "{a}的下面是{b}",
 )
 _EN_PLACE = {
     "middle": ("{a} in the middle", "{a} in the centre"),
@@ -71,7 +73,8 @@ def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
 
 
 def _english_noun(drawn: Drawn, sized: bool, rng: np.random.Generator) -> str:
-    return f"a {drawn.size} {drawn.colour} {drawn.shape}" if sized else f"a {drawn.colour} {drawn.shape}"
+    words = f"{drawn.size} {drawn.colour} {drawn.shape}" if sized else f"{drawn.colour} {drawn.shape}"
+    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
 def _chinese_noun(drawn: Drawn, sized: bool, rng: np.random.Generator) -> str:

@@ -21,9 +21,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 39, 40),
     "green": (44, 150, 60),
     "blue": (35, 85, 215),
-    "yellow": (245, 200, 25),
+    "orange": (240, 130, 20),
     "purple": (140, 60, 175),
-    "black": (35, 35, 35),
+    "black": (20, 20, 20),
 }
 SHAPES = ("circle", "square", "triangle", "cross", "rectangle")
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
@@ -31,12 +31,13 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "grey": (200, 200, 200),
     "beige": (245, 225, 190),
 }
-SIZES: dict[str, float] = {"small": 0.15, "large": 0.2}
+SIZES: dict[str, float] = {"small": 0.165, "large": 0.21}
 """Half the side of an object / side of the picture."""
 PLACES: dict[str, tuple[float, float]] = {
-    "middle": (0.5, 0.5), "left": (0.26, 0.5), "right": (0.74, 0.5), "top": (0.5, 0.26), "bottom": (0.5, 0.74)
+    "middle": (0.5, 0.5), "left": (0.25, 0.5), "right": (0.75, 0.5), "top": (0.5, 0.25), "bottom": (0.5, 0.75)
 }  # fmt: skip
-_CROWDED = 0.8
+"""Quarters of the side, so that without jitter an object lies on a grid of codes the same way at every place."""
+_CROWDED = 0.75
 """Three objects are drawn smaller by this factor: at full size they would touch."""
 _SUPERSAMPLING = 3
 
@@ -127,7 +128,7 @@ def draw_scene(
         centres = [PLACES[arrangement]]
     else:
         arrangement = str(rng.choice(["row", "column"]))
-        along = [0.26, 0.74] if count == 2 else [0.16, 0.5, 0.84]
+        along = [0.25, 0.75] if count == 2 else [0.17, 0.5, 0.83]
         centres = [(a, 0.5) if arrangement == "row" else (0.5, a) for a in along]
     objects = tuple(
         Drawn(
@@ -172,7 +173,7 @@ class DrawingsSource:
         }
         self.refused: list[Refusal] = []
         self.fingerprint = fingerprint(
-            "drawings-1",
+            "drawings-2",
             config.drawings,
             {
                 "size": self._size,

@@ -82,7 +82,9 @@ def text_image_sample(
         return understanding_sample(
             row, rng, patch_mode=objectives.patch_mode, config=config, vocabulary=vocabulary
         )
-    return generation_sample(row, rng, config=config, vocabulary=vocabulary)
+    return generation_sample(
+        row, rng, history_mask=objectives.history_mask, config=config, vocabulary=vocabulary
+    )
 
 
 def _caption_spans(row: np.ndarray, text_length: int, pad: int) -> list[tuple[int, int]]:
@@ -103,13 +105,20 @@ def _next_tokens(tokens: np.ndarray) -> np.ndarray:
 
 
 def generation_sample(
-    row: np.ndarray, rng: np.random.Generator, *, config: CogLMConfig, vocabulary: Vocabulary
+    row: np.ndarray,
+    rng: np.random.Generator,
+    *,
+    history_mask: float = 0.0,
+    config: CogLMConfig,
+    vocabulary: Vocabulary,
 ) -> Sample:
     """Text to image: one caption is context, the codes are predicted in raster order (spec 2.6 G).
 
     Args:
         row: int64 [text_length + g * g] of `compose_row`.
-        rng: chooses the caption when there are two.
+        rng: chooses the caption when there are two, and the codes to hide.
+        history_mask: probability that codes are hidden as inputs, each with a chance drawn for the sample; every
+            code is predicted all the same.
         config: gives text_length and image_position.
         vocabulary: gives the special ids.
     """
@@ -120,6 +129,9 @@ def generation_sample(
     tokens = row.astype(np.int64)
     labels = _next_tokens(tokens)
     tokens[start_of_image] = vocabulary.start_of_image
+    if history_mask and rng.random() < history_mask:
+        codes = tokens[text_length:]
+        codes[rng.random(codes.size) < rng.random()] = vocabulary.start_of_image
     position_ids = np.zeros_like(tokens)
     position_ids[start:stop] = np.arange(stop - start)
     position_ids[start_of_image:] = config.image_position + np.arange(tokens.size - start_of_image)

@@ -9,8 +9,10 @@ import torch.distributed as dist
 
 from cogview2.pipeline import weights
 from cogview2.pipeline.config.model import CogLMConfig
+from cogview2.pipeline.config.training import OptimizerConfig
 from cogview2.pipeline.distributed.process import World, gather_objects
-from cogview2.pipeline.training.modules import Batch, TrainModule, parameter_groups
+from cogview2.pipeline.training.modules import Batch, TrainModule
+from cogview2.pipeline.training.optimizers import build_optimizer, parameter_groups
 
 DeepSpeedConfig = dict[str, Any]
 
@@ -52,11 +54,13 @@ class TrainingEngine(Protocol):
         """Micro batches per update."""
 
 
-def _initialize(module: Any, config: DeepSpeedConfig) -> Any:
+def _initialize(module: Any, config: DeepSpeedConfig, optimizer: OptimizerConfig) -> Any:
     import deepspeed
 
-    groups = parameter_groups(module, config["optimizer"]["params"]["weight_decay"])
-    engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=config)
+    groups = parameter_groups(module, optimizer.weight_decay)
+    engine, *_ = deepspeed.initialize(
+        model=module, model_parameters=groups, optimizer=build_optimizer(groups, optimizer), config=config
+    )
     return engine
 
 
@@ -107,9 +111,11 @@ class _SavingMixin:
 class PlainEngine(_SavingMixin):
     """Data parallel, ZeRO 0 to 3."""
 
-    def __init__(self, module: TrainModule, config: DeepSpeedConfig, world: World) -> None:
+    def __init__(
+        self, module: TrainModule, config: DeepSpeedConfig, optimizer: OptimizerConfig, world: World
+    ) -> None:
         self.module = module
-        self.engine = _initialize(module, config)
+        self.engine = _initialize(module, config, optimizer)
         self.metric_names = module.metric_names
         self.data_rank, self.data_size = world.rank, world.size
         self.device = world.device
@@ -149,11 +155,13 @@ class PlainEngine(_SavingMixin):
 class PipeEngine(_SavingMixin):
     """Pipeline parallel CogLM with data parallel ZeRO-1."""
 
-    def __init__(self, module: Any, config: DeepSpeedConfig, model: CogLMConfig) -> None:
+    def __init__(
+        self, module: Any, config: DeepSpeedConfig, optimizer: OptimizerConfig, model: CogLMConfig
+    ) -> None:
         from cogview2.pipeline.models.coglm.loss import PART_NAMES
         from cogview2.pipeline.models.coglm.pipe import TIED_PATTERN
 
-        self.engine = _initialize(module, config)
+        self.engine = _initialize(module, config, optimizer)
         self.model_config = model
         self.metric_names: tuple[str, ...] = PART_NAMES
         self.replicated = [TIED_PATTERN]

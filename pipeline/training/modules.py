@@ -39,16 +39,3 @@ class TrainModule(nn.Module):
     def end_step(self, step: int) -> dict[str, float]:
         """Called on all ranks after the update; may communicate. Returns further numbers to log, equal on all ranks."""
         return {}
-
-
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Split the trainable parameters: no weight decay on vectors (biases, norms) and embeddings (spec 2.7)."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            skip = parameter.ndim < 2 or id(parameter) in embeddings or "embeddings" in name
-            (plain if skip else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]

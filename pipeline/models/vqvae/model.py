@@ -121,13 +121,16 @@ class VQVAE(nn.Module):
         vectors_BEHW = self.quantize.lookup(codes_BHW).permute(0, 3, 1, 2)
         return self.denormalise(decoder(vectors_BEHW.to(decoder.conv_in.weight.dtype)))
 
-    def forward(self, pixels_BCHW: Tensor, quantize: bool = True) -> VQVAEOutput:
+    def forward(
+        self, pixels_BCHW: Tensor, quantize: bool = True, rates: tuple[int, ...] = RATES
+    ) -> VQVAEOutput:
         """Encode once, quantize and decode at every rate.
 
         Args:
             pixels_BCHW: float [B, 3, H, W] in [0, 1]; sides are multiples of 16.
             quantize: False trains a plain autoencoder: latents go to the decoders as they are, the
                 commitment is 0 and `codes` is empty.
+            rates: which rates to quantize and decode; the output holds these alone.
 
         Raises:
             DataError: pixels of another shape or dtype.
@@ -136,9 +139,11 @@ class VQVAE(nn.Module):
         features_BEHW = self.enc(self.normalise(pixels_BCHW))
         normalised: dict[int, Tensor] = {}
         commitments, latents, codes = [], [], []
-        for index, rate in enumerate(RATES):
+        for index, rate in enumerate(RATES[: RATES.index(max(rates)) + 1]):
             if index:
                 features_BEHW = self.down_samplers[index - 1](features_BEHW)
+            if rate not in rates:
+                continue
             quantized = self.quantize(features_BEHW, quantize)
             normalised[rate] = self.decoder(rate)(quantized.vectors)
             commitments.append(quantized.commitment)

@@ -32,43 +32,55 @@ class VQVAETrainModule(TrainModule):
     model: VQVAE
     metric_names = ("l1_rate4", "l1_rate8", "l1_rate16", "ms_ssim", "perceptual", "commitment")
 
-    def __init__(self, config: VQVAEStageConfig, seed: int) -> None:
+    def __init__(self, config: VQVAEStageConfig, seed: int, rate: int = RATES[0]) -> None:
+        """Build it.
+
+        Args:
+            config: sizes, losses and codebook training.
+            seed: of the codebook's draws.
+            rate: the rate that the cascade uses, trained in every step.
+        """
         super().__init__()
-        self.config, self.seed = config, seed
+        self.config, self.seed, self.rate = config, seed, rate
         self.model = VQVAE(config.model)
         self.use = _CodeUse(config.model.codebook_size)
         self.perceptual = build_perceptual(config.perceptual_network)
         self._quantize = config.autoencoder_steps == 0
+        self._rates: tuple[int, ...] = RATES
         self._counts: torch.Tensor | None = None
         self._sums: torch.Tensor | None = None
         self._latents: torch.Tensor | None = None
 
     def forward(self, batch: Batch) -> LossOutput:
-        """Return the weighted sum of the losses, summed over the rates."""
+        """Return the weighted sum of the losses, summed over the rates of this step."""
         # Convolutions run a third faster on CPUs in this layout; weights must keep theirs for DeepSpeed.
         pixels_BCHW = batch["pixels"].contiguous(memory_format=torch.channels_last)
-        output = self.model(pixels_BCHW, quantize=self._quantize)
+        output = self.model(pixels_BCHW, quantize=self._quantize, rates=self._rates)
         weights = self.config.loss
-        pictures = list(output.reconstructions.values())
-        nothing = pixels_BCHW.new_zeros(len(RATES))
-        l1 = torch.stack([l1_loss(picture, pixels_BCHW) for picture in pictures])
-        ssim = torch.stack([ms_ssim_loss(p, pixels_BCHW) for p in pictures]) if weights.ms_ssim else nothing
-        perceptual = (
-            torch.stack([self.perceptual(p, pixels_BCHW) for p in pictures])
-            if weights.perceptual
-            else nothing
-        )
-        l2 = (
-            torch.stack([(picture - pixels_BCHW).square().mean() for picture in pictures])
-            if weights.l2
-            else nothing
-        )
-        terms = weights.l1 * l1 + weights.l2 * l2 + weights.ms_ssim * ssim + weights.perceptual * perceptual
-        loss = terms.sum() + weights.commitment * output.commitment
+        terms: list[torch.Tensor] = []
+        # Added up on the device: reading a number here would wait for the kernels.
+        sums = dict.fromkeys(self.metric_names, pixels_BCHW.new_zeros(()))
+        counts = dict.fromkeys(self.metric_names, 0)
+
+        def add(name: str, value: torch.Tensor, weight: float) -> None:
+            terms.append(weight * value)
+            sums[name] = sums[name] + value.detach()
+            counts[name] += 1
+
+        for rate, picture in output.reconstructions.items():
+            add(f"l1_rate{rate}", l1_loss(picture, pixels_BCHW), weights.l1)
+            if weights.l2:
+                terms.append(weights.l2 * (picture - pixels_BCHW).square().mean())
+            if weights.ms_ssim:
+                add("ms_ssim", ms_ssim_loss(picture, pixels_BCHW), weights.ms_ssim)
+            if weights.perceptual:
+                add("perceptual", self.perceptual(picture, pixels_BCHW), weights.perceptual)
+        add("commitment", output.commitment, weights.commitment)
+        counts["commitment"] = len(output.reconstructions)
         if self._quantize:
             self._count(output.latents, output.codes)
-        sums = torch.stack([*l1, ssim.mean(), perceptual.mean(), output.commitment / len(RATES)]).detach()
-        return LossOutput(loss, sums, torch.ones_like(sums))
+        loss = torch.stack(terms).sum()
+        return LossOutput(loss, torch.stack(list(sums.values())), torch.tensor(list(counts.values())))
 
     def _count(self, latents_ME: torch.Tensor, codes_M: torch.Tensor) -> None:
         counts, sums = self.model.quantizer.statistics(latents_ME, codes_M)
@@ -80,6 +92,7 @@ class VQVAETrainModule(TrainModule):
         """Switch quantization on after the warm-up, with a codebook from the latents of this very step."""
         self._counts = self._sums = self._latents = None
         self._quantize = step >= self.config.autoencoder_steps
+        self._rates = RATES if step % self.config.other_rates_every == 0 else (self.rate,)
         if step == self.config.autoencoder_steps:
             self._initialize_codebook(micro_batches)
 

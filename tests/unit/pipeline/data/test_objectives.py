@@ -64,6 +64,23 @@ def test_generation_chooses_either_language() -> None:
     }
 
 
+def test_a_history_mask_hides_inputs_and_nothing_else() -> None:
+    row = compose_row([[EN, EN + 1]], np.arange(64), 8, WORDS)
+    plain = generation_sample(row, _rng(), config=TINY, vocabulary=WORDS)
+    shares = []
+    for seed in range(400):
+        sample = generation_sample(row, _rng(seed), history_mask=0.5, config=TINY, vocabulary=WORDS)
+        hidden = sample.tokens != plain.tokens
+        assert not hidden[:8].any() and (sample.tokens[hidden] == WORDS.start_of_image).all()
+        for name in ("labels", "position_ids", "loss_mask", "roles"):
+            assert (getattr(sample, name) == getattr(plain, name)).all(), name
+        shares.append(hidden[8:].mean())
+    spared = np.array(shares) == 0
+    assert 0.4 < spared.mean() < 0.6
+    # The chance differs between samples, from hardly any code to all but all.
+    assert np.std(np.array(shares)[~spared]) > 0.2 and max(shares) > 0.95
+
+
 def test_generation_without_a_caption_has_no_context() -> None:
     row = compose_row([], np.arange(4), 8, WORDS)
     sample = generation_sample(row, _rng(), config=TINY, vocabulary=WORDS)

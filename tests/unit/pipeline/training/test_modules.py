@@ -12,7 +12,8 @@ from cogview2.pipeline.models.coglm.pipe import PipeBlock, PipePositions, PipeWo
 from cogview2.pipeline.models.sr.direct import DirectSR
 from cogview2.pipeline.models.sr.iterative import IterativeSR
 from cogview2.pipeline.tokenizers.vocabulary import Vocabulary
-from cogview2.pipeline.training.modules import TrainModule, parameter_groups
+from cogview2.pipeline.training.modules import TrainModule
+from cogview2.pipeline.training.optimizers import parameter_groups
 from cogview2.pipeline.training.train_modules.coglm import CogLMTrainModule
 from cogview2.pipeline.training.train_modules.sr import DirectSRTrainModule, IterativeSRTrainModule
 from cogview2.pipeline.training.train_modules.vqvae import VQVAETrainModule
@@ -139,6 +140,26 @@ def test_vqvae_warms_up_then_places_the_codebook_on_data() -> None:
     extra = _vqvae_step(module, 1, [batch])
     assert not torch.equal(module.model.quantizer.embed.weight, before)
     assert extra["codebook_perplexity"] > 1 and extra["codes_restarted"] == 0
+
+
+def test_vqvae_trains_other_rates_in_every_nth_step_only() -> None:
+    module = vqvae(warm_up=0)
+    module.config = module.config.model_copy(update={"other_rates_every": 3})
+    batch = {"pixels": torch.rand(2, 3, 16, 16)}
+    names = module.metric_names
+    for step in range(1, 7):
+        module.zero_grad(set_to_none=True)
+        module.begin_step(step, [batch])
+        output = module(batch)
+        output.loss.backward()
+        every = step % 3 == 0
+        counts = dict(zip(names, output.counts.tolist(), strict=True))
+        assert (counts["l1_rate4"], counts["l1_rate8"], counts["l1_rate16"]) == (1, every, every)
+        assert counts["commitment"] == (3 if every else 1)
+        for rate in (4, 8, 16):
+            learns = any(p.grad is not None for p in module.model.decoder(rate).parameters())
+            assert learns == (every or rate == 4), (step, rate)
+        module.end_step(step)
 
 
 def test_vqvae_statistics_add_up_over_micro_batches() -> None:
