@@ -220,6 +220,9 @@ def distance_tables(record: dict[str, Any]) -> list[Table]:
     return tables
 
 
+_METRIC_TITLES = {"l1": "L1", "psnr": "PSNR", "ssim": "SSIM", "caption_accuracy": "obeys its caption"}
+
+
 def model_tables(record: dict[str, Any]) -> list[Table]:
     """Return the caption loss and the reconstruction quality."""
     tables = []
@@ -235,10 +238,14 @@ def model_tables(record: dict[str, Any]) -> list[Table]:
     if rebuilt:
         names = list(dict.fromkeys(name for row in rebuilt.values() for name in mapping(row)))
         by_size = tuple(
-            (Cell(size), *(cell(at(row, name)) for name in names)) for size, row in rebuilt.items()
+            (
+                Cell(size),
+                *((share_cell if name == "caption_accuracy" else cell)(at(row, name)) for name in names),
+            )
+            for size, row in rebuilt.items()
         )
         note = "Held-out originals through the VQVAE alone: the best that any drawing with it can be."
-        tables.append(Table("Reconstruction", ("size", *(name.upper() for name in names)), by_size, note))
+        tables.append(Table("Reconstruction", ("size", *(_METRIC_TITLES.get(name, name) for name in names)), by_size, note))
     return tables
 
 
