@@ -163,17 +163,14 @@ def samples(run: RunDirectory) -> Samples | None:
 
 
 def _evaluation_picture(run: RunDirectory, record: dict[str, Any] | None) -> Picture | None:
-    languages = list(tables.mapping(record, "caption_accuracy_details"))
-    passes = {
-        language: [
-            name
-            for name in tables.PASSES
-            if name in tables.mapping(record, "caption_accuracy_details", language)
-        ]
-        for language in languages
-    }
-    rows = tuple(f"{language} {name}" for language in languages for name in passes[language])
+    rows = tuple(map(str, tables.sequence(record, "picture", "rows")))
     return picture(run.stage("evaluate").output / "samples.png", "evaluation samples", rows)
+
+
+def _evaluation_captions(record: dict[str, Any] | None) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Return (language or `training`, captions in the order of the columns)."""
+    groups = tables.mapping(record, "picture", "captions")
+    return tuple((name, tuple(map(str, tables.sequence(groups, name)))) for name in groups)
 
 
 def _recipe_text(run: RunDirectory) -> str:
@@ -263,6 +260,7 @@ def gather(run: RunDirectory) -> dict[str, Any]:
         "evaluation_tables": evaluation,
         "evaluation_history": tables.evaluation_history(run),
         "evaluation_picture": _evaluation_picture(run, record),
+        "evaluation_captions": _evaluation_captions(record),
         "curves": [
             one for stage in STAGES for unit in units(stage) if (one := curves(run, unit)) is not None
         ],

@@ -74,6 +74,12 @@ def mapping(content: Any, *keys: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def sequence(content: Any, *keys: str) -> list[Any]:
+    """Return the list of nested dicts, or an empty one."""
+    found = at(content, *keys)
+    return found if isinstance(found, list) else []
+
+
 def finite(value: Any) -> float | None:
     """Return a finite number, or None."""
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -245,7 +251,11 @@ def model_tables(record: dict[str, Any]) -> list[Table]:
             for size, row in rebuilt.items()
         )
         note = "Held-out originals through the VQVAE alone: the best that any drawing with it can be."
-        tables.append(Table("Reconstruction", ("size", *(_METRIC_TITLES.get(name, name) for name in names)), by_size, note))
+        tables.append(
+            Table(
+                "Reconstruction", ("size", *(_METRIC_TITLES.get(name, name) for name in names)), by_size, note
+            )
+        )
     return tables
 
 

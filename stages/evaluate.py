@@ -15,6 +15,7 @@ from cogview2.pipeline.config.base import fingerprint
 from cogview2.pipeline.config.stages import Recipe
 from cogview2.pipeline.data.oracle import check, read_picture
 from cogview2.pipeline.data.records import TokenPair
+from cogview2.pipeline.data.shard_index import ShardIndex
 from cogview2.pipeline.data.sources import Source, open_source
 from cogview2.pipeline.distributed.process import barrier, broadcast_object
 from cogview2.pipeline.errors import ConfigError, DataError, Preempted
@@ -261,13 +262,39 @@ class Evaluation:
             ]
         )
 
-    def picture_grid(self) -> np.ndarray:
-        """Return drawn pictures of each language: base, direct and final in rows."""
-        rows = []
+    def showcase(self) -> tuple[np.ndarray, dict[str, Any]]:
+        """Return one picture of drawn and original pictures, and what its rows and columns show.
+
+        Held-out captions in each language and pass, their originals, then captions of training and their
+        originals: what was learned beside what was learned by heart.
+        """
+        rows: list[np.ndarray] = []
+        names: list[str] = []
+        captions: dict[str, list[str]] = {}
+
+        def add(name: str, pictures_BCHW: np.ndarray) -> None:
+            names.append(name)
+            rows.append(pictures_BCHW.transpose(0, 2, 3, 1))
+
+        held_out = self.pairs["held_out"][:_SHOWN]
         for language in self.languages:
-            arrays = self.pictures.read(next(u.name for u in self.units if u.language == language))
-            rows += [arrays[name][:_SHOWN].transpose(0, 2, 3, 1) for name in work.PASSES if name in arrays]
-        return grid(rows)
+            unit = next(u for u in self.units if u.split == "held_out" and u.language == language)
+            arrays = self.pictures.read(unit.name)
+            for name in work.PASSES:
+                if name in arrays:
+                    add(f"{language} {name}", arrays[name][:_SHOWN])
+            captions[language] = [held_out[k].captions[language] for k in arrays["kept"] if k < len(held_out)]
+        add("original", _originals(self.source, self.recipe, held_out))
+        shards = ShardIndex.load(self.context.run.stage("shard_dataset").output / "train")
+        language = self.languages[0]
+        trained = [pair for pair in map(shards.read, range(min(len(shards), _SHOWN)))]
+        trained = [pair for pair in trained if pair.captions.get(language)]
+        if trained:
+            captions["training"] = [pair.captions[language] for pair in trained]
+            drawn = self.cascade.draw(captions["training"], self.recipe.seed)
+            add("training final", work.uint8_bchw(drawn.pixels("final")))
+            add("training original", _originals(self.source, self.recipe, trained))
+        return grid(rows), {"rows": names, "captions": captions}
 
 
 def _record(evaluation: Evaluation, digest: str, selected: Selected) -> dict[str, Any]:
@@ -346,8 +373,9 @@ def job(context: StageContext) -> None:
             evaluation.draw()
             evaluation.extract()
             if world.is_first:
-                record = _record(evaluation, digest, selected)
-                save_png(folder / "samples.png", evaluation.picture_grid())
+                picture, shown = evaluation.showcase()
+                record = _record(evaluation, digest, selected) | {"picture": shown}
+                save_png(folder / "samples.png", picture)
                 fsops.write_json(result_path, record)
     if world.is_first:
         record = json.loads(result_path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Stage finetune_superres: direct, then iterative super-resolution, both started from CogLM; a record each."""
+"""Stage finetune_superres: direct, then iterative super-resolution, started from CogLM; a record each."""
 
 import logging
 from collections.abc import Callable
@@ -31,8 +31,11 @@ def _direct(context: StageContext) -> TrainModule:
 def _iterative(context: StageContext) -> TrainModule:
     recipe, vocabulary = context.recipe, load_vocabulary(context.run)
     model = build_iterative(recipe, vocabulary.rows)
-    state = load_weights(context.run.stage("pretrain_coglm").output / WEIGHTS)
-    model.init_from_coglm(state, base_grid=recipe.data.base_grid)
+    if recipe.iterative_sr.model.init == "direct":
+        model.init_from_direct(load_weights(context.run.stage("finetune_superres/direct").output / WEIGHTS))
+    else:
+        state = load_weights(context.run.stage("pretrain_coglm").output / WEIGHTS)
+        model.init_from_coglm(state, base_grid=recipe.data.base_grid)
     return IterativeSRTrainModule(model, vocabulary)
 
 

@@ -115,7 +115,8 @@ class CommsLoggerJson(Config):
 class DeepSpeedJson(Config):
     """One file of ds_configs/: the "how" of a training stage."""
 
-    train_micro_batch_size_per_gpu: Positive
+    train_micro_batch_size_per_gpu: Positive | Literal["auto"]
+    """Samples of one forward pass on one rank; auto: the rank's whole share of train.global_batch."""
     optimizer: OptimizerJson = OptimizerJson()
     bf16: Bf16Json | None = None
     fp16: Fp16Json | None = None

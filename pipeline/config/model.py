@@ -102,4 +102,7 @@ class IterativeSRConfig(Config):
     local_kernel: tuple[Positive, Positive] = (9, 5)
     mask_ratios: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.9)
     """One is drawn for each training sample (spec 5.2)."""
+    init: Literal["coglm", "direct"] = "coglm"
+    """Whose weights training starts from (published: CogLM's). Direct SR, when its base was trained too, knows the
+    high-resolution codes already, and half the steps suffice."""
     position_init: Literal["tiled", "nearest"] = "tiled"

@@ -13,8 +13,8 @@ class OptimizerConfig(Config):
     """The optimizer and its schedule (spec 2.7)."""
 
     kind: Literal["adamw", "muon"] = "adamw"
-    """adamw as published. muon: Muon on the matrices of linear layers and AdamW on the rest, at the same learning
-    rate; it learns from about a third of the samples in narrow models, and needs ZeRO stage 0."""
+    """adamw as published. muon: Muon on the matrices of linear layers and convolutions, AdamW on the rest, at the same
+    learning rate; small networks need half of the steps or fewer. It needs ZeRO stage 0."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     schedule: Literal["constant", "linear", "cosine"] = "cosine"

@@ -21,11 +21,16 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, o
     return [group for group in groups if group["params"]]
 
 
-class MuonWithAdamW(torch.optim.Optimizer):
-    """Muon on the matrices of linear layers, AdamW on everything else, as one optimizer.
+_LEAST_SIDE = 8
+"""A matrix with fewer rows or columns, such as the last layer to three colours, is left to AdamW."""
 
-    Both take the same learning rate: Muon's update is scaled to the size of AdamW's. It needs whole matrices with
-    whole gradients, so it does not go with ZeRO's partitions.
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """Muon on the matrices of linear layers and convolutions, AdamW on everything else, as one optimizer.
+
+    A convolution [out, in, height, width] counts as a matrix [out, in * height * width]. Both parts take the same
+    learning rate: Muon's update is scaled to the size of AdamW's. Muon needs whole matrices with whole
+    gradients, so it does not go with ZeRO's partitions.
     """
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
@@ -41,26 +46,24 @@ class MuonWithAdamW(torch.optim.Optimizer):
             decay = float(group["weight_decay"])
             parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
             for parameter in group["params"]:
-                parts[parameter.ndim == 2 and decay > 0].append(parameter)
+                parts[decay > 0 and _is_matrix(parameter)].append(parameter)
             for part, target in zip(parts, (rest, matrices), strict=True):
                 if part:
                     target.append({"params": part, "weight_decay": decay})
-        rate, betas = config.learning_rate, config.betas
-        self._parts: list[torch.optim.Optimizer] = []
-        if matrices:
-            self._parts.append(torch.optim.Muon(matrices, lr=rate, adjust_lr_fn="match_rms_adamw"))
-        if rest:
-            self._parts.append(torch.optim.AdamW(rest, lr=rate, betas=betas, eps=config.eps))
-        super().__init__([group for part in self._parts for group in part.param_groups], {})
+        rate = config.learning_rate
+        flat = [group | {"params": [nn.Parameter(_flat(p)) for p in group["params"]]} for group in matrices]
+        self._muon = torch.optim.Muon(flat, lr=rate, adjust_lr_fn="match_rms_adamw") if flat else None
+        self._adamw = (
+            torch.optim.AdamW(rest, lr=rate, betas=config.betas, eps=config.eps, fused=True) if rest else None
+        )
+        super().__init__([*matrices, *(self._adamw.param_groups if self._adamw else [])], {"lr": rate})
+        self._matrices = len(matrices)
         self._share()
 
     def _share(self) -> None:
-        """Let the parts work on this optimizer's own groups and state, which is what is saved and scheduled."""
-        start = 0
-        for part in self._parts:
-            stop = start + len(part.param_groups)
-            part.param_groups, part.state = self.param_groups[start:stop], self.state
-            start = stop
+        """Let AdamW work on this optimizer's own groups and state, which are what is scheduled and saved."""
+        if self._adamw is not None:
+            self._adamw.param_groups, self._adamw.state = self.param_groups[self._matrices :], self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave."""
@@ -70,8 +73,33 @@ class MuonWithAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient."""
-        for part in self._parts:
-            part.step()
+        if self._adamw is not None:
+            self._adamw.step()
+        if self._muon is None:
+            return
+        pairs = []
+        for group, flat_group in zip(self.param_groups, self._muon.param_groups, strict=False):
+            flat_group["lr"] = group["lr"]
+            pairs += list(zip(group["params"], flat_group["params"], strict=True))
+        for parameter, flat in pairs:
+            # Views anew each time: an engine may have moved the weights to another storage.
+            flat.data = _flat(parameter)
+            flat.grad = None if parameter.grad is None else parameter.grad.reshape(flat.shape)
+            if parameter in self.state:
+                self._muon.state[flat] = self.state[parameter]
+        self._muon.step()
+        for parameter, flat in pairs:
+            flat.grad = None
+            if flat in self._muon.state:
+                self.state[parameter] = self._muon.state[flat]
+
+
+def _flat(parameter: nn.Parameter) -> torch.Tensor:
+    return parameter.data.view(len(parameter), -1)
+
+
+def _is_matrix(parameter: nn.Parameter) -> bool:
+    return parameter.ndim >= 2 and min(len(parameter), parameter[0].numel()) >= _LEAST_SIDE
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer | None:

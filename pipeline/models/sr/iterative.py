@@ -54,6 +54,21 @@ class IterativeSR(nn.Module):
             state | {"mixins.extra_position_embedding.position_embeddings.weight": positions[rows]}
         )
 
+    def init_from_direct(self, state: dict[str, torch.Tensor]) -> None:
+        """Start from trained direct SR: its cells become these cells, its second attention set the only one.
+
+        Args:
+            state: a DirectSR state dict of the same CogLM sizes and grid, every weight present.
+        """
+        own = {name: weight for name, weight in state.items() if name.startswith("transformer.")}
+        for layer in range(self.base.layers):
+            for part in ("query_key_value", "dense"):
+                for kind in ("weight", "bias"):
+                    source = f"mixins.attention_plus.{part}.{layer}.{kind}"
+                    own[f"transformer.layers.{layer}.attention.{part}.{kind}"] = state[source]
+        positions = "mixins.extra_position_embedding.position_embeddings.weight"
+        self.load_state_dict(own | {positions: state[positions]})
+
     def forward(
         self, tokens_BS: torch.Tensor, position_ids_BS: torch.Tensor, text_mask_BL: torch.Tensor
     ) -> torch.Tensor:

@@ -46,6 +46,10 @@ RECORD = {
         "en": {"base": {"colour": 0.935, "shape": 0.5}, "final": {"colour": 0.955, "shape": 0.625}},
     },
     "oracle_on_originals": 0.995,
+    "picture": {
+        "rows": ["en base", "en final"],
+        "captions": {"en": ["a held-out <caption>"], "training": ["a caption of training"]},
+    },
 }
 
 
@@ -180,6 +184,9 @@ def test_the_whole_page(run: RunDirectory) -> None:
     text = Page(run.report_path).text
     for words in (
         "damaged 3 x.png",
+        "en base",
+        "a held-out <caption>",
+        "a caption of training",
         "a folder",
         "train 1,277 2",
         "english 2",

@@ -44,6 +44,7 @@ def test_the_resolved_configuration() -> None:
         "params": {
             "torch_adam": True,
             "adam_w_mode": True,
+            "fused": True,
             "lr": 3e-4,
             "betas": [0.9, 0.99],
             "eps": 1e-8,
@@ -53,6 +54,17 @@ def test_the_resolved_configuration() -> None:
     assert config["pipeline"]["use_reentrant"] is False
     assert config["steps_per_print"] > 10**8
     json.dumps(config, allow_nan=False)
+
+
+def test_an_auto_micro_batch_is_the_whole_share_of_a_rank() -> None:
+    for ranks in (1, 2, 4):
+        config = resolve("tiny_zero0", train(), ranks)
+        assert config["train_micro_batch_size_per_gpu"] == 16 // ranks
+        assert config["gradient_accumulation_steps"] == 1
+    with pytest.raises(ConfigError, match="global batch of 15 or 18"):
+        resolve("tiny_zero0", train(), 3)
+    with pytest.raises(ConfigError, match="global batch of 32 or 64"):
+        resolve("tiny_zero0", train(), 32)
 
 
 def test_pipe_stages_leave_fewer_data_parallel_ranks() -> None:

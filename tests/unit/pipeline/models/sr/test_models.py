@@ -122,6 +122,23 @@ def test_both_start_from_coglm(init: str) -> None:
     assert torch.equal(plus.dense[0].bias, coglm.transformer.layers[0].attention.dense.bias)
 
 
+def test_iterative_can_start_from_direct() -> None:
+    direct = _direct()
+    iterative = IterativeSR(BASE, IterativeSRConfig(text_length=4, init="direct"), FINE, ROWS)
+    _randomise(iterative)
+    iterative.init_from_direct(direct.state_dict())
+    plus = direct.mixins.attention_plus
+    attention = iterative.transformer.layers[0].attention
+    for ours, theirs in (
+        (attention.query_key_value, plus.query_key_value[0]),
+        (attention.dense, plus.dense[0]),
+    ):
+        assert torch.equal(ours.weight, theirs.weight) and torch.equal(ours.bias, theirs.bias)
+    for name, tensor in iterative.state_dict().items():
+        if ".attention." not in name:
+            assert torch.equal(tensor, direct.state_dict()[name]), name
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_freezing_leaves_the_new_weights_trainable(frozen: bool) -> None:
     model = _direct(freeze_base=frozen)
