@@ -14,7 +14,14 @@ from cogview2.pipeline.training.extract import coglm_state
 from cogview2.pipeline.weights import load_into, load_weights
 
 pytestmark = pytest.mark.distributed
-PIPE = ("coglm.train.deepspeed=coglm_tiny_pp", "coglm.train.pipeline_parallel=2")
+# The tiny recipe trains with Muon under ZeRO 0; these are partitioned and need AdamW.
+PIPE = (
+    "coglm.train.deepspeed=coglm_tiny_pp",
+    "coglm.train.pipeline_parallel=2",
+    "coglm.train.optimizer.kind=adamw",
+)
+ZERO1 = ("coglm.train.deepspeed=debug", "coglm.train.optimizer.kind=adamw")
+VQVAE_ZERO1 = ("vqvae.train.deepspeed=vqvae_zero1", "vqvae.train.optimizer.kind=adamw")
 WEIGHTS = "weights.safetensors"
 
 
@@ -36,10 +43,14 @@ def _compare(straight: RunDirectory, resumed: RunDirectory, stage: str) -> None:
     assert digests(resumed.stage(stage).output) == digests(straight.stage(stage).output)
 
 
-@pytest.mark.parametrize(("ranks", "how"), [(2, "SIGTERM"), (1, "SIGKILL")])
-def test_train_vqvae(tmp_path: Path, ranks: int, how: str) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "how", "settings"),
+    [(2, "SIGTERM", ()), (1, "SIGKILL", ()), (2, "SIGKILL", VQVAE_ZERO1)],
+    ids=["two ranks", "one rank", "ZeRO 1"],
+)
+def test_train_vqvae(tmp_path: Path, ranks: int, how: str, settings: tuple[str, ...]) -> None:
     # Lines every 5 steps, checkpoints every 2: the sums of a line must survive too.
-    settings = ("vqvae.train.steps=16", "vqvae.train.log_every=5")
+    settings = ("vqvae.train.steps=16", "vqvae.train.log_every=5", *settings)
     straight, resumed = (new_run(tmp_path / name, *settings) for name in ("straight", "resumed"))
     assert 4 <= _interrupt(resumed, "train_vqvae", ranks, how) < 16
     run_stage(resumed, "train_vqvae", ranks)
@@ -49,8 +60,8 @@ def test_train_vqvae(tmp_path: Path, ranks: int, how: str) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "how", "settings"),
-    [(1, "SIGTERM", ()), (2, "SIGKILL", ()), (2, "SIGTERM", PIPE)],
-    ids=["one rank", "two ranks", "two pipe stages"],
+    [(1, "SIGTERM", ()), (2, "SIGKILL", ()), (2, "SIGTERM", ZERO1), (2, "SIGTERM", PIPE)],
+    ids=["one rank", "two ranks", "ZeRO 1", "two pipe stages"],
 )
 def test_pretrain_coglm(
     sharded_run: RunDirectory, tmp_path: Path, ranks: int, how: str, settings: tuple[str, ...]
@@ -66,7 +77,7 @@ def test_pretrain_coglm(
 
 def test_two_pipe_stages_train_as_the_plain_model(sharded_run: RunDirectory, tmp_path: Path) -> None:
     # The same micro batches in both: a loss is a mean over micro batches of means over their positions.
-    plain = override(sharded_run, "coglm.model.dropout=0", "coglm.train.steps=3", PIPE[0])
+    plain = override(sharded_run, "coglm.model.dropout=0", "coglm.train.steps=3", PIPE[0], PIPE[2])
     piped = override(copy(plain, tmp_path / "piped", until="shard_dataset"), PIPE[1])
     run_stage(plain, "pretrain_coglm", 1)
     run_stage(piped, "pretrain_coglm", 2)

@@ -23,6 +23,8 @@ from cogview2.pipeline.run_dir import RunDirectory
 LIMIT_SECONDS = 120.0
 _TRAINED = ("vqvae", "coglm", "direct_sr", "iterative_sr")
 OVERRIDES = [
+    "launch.ranks=2",
+    "launch.threads_per_rank=1",
     "data.drawings.count=64",
     "data.held_out=8",
     "tokenizer.input_sentences=200",
