@@ -7,11 +7,11 @@ import torch
 
 from cogview2.pipeline import fsops
 from cogview2.pipeline.data.drawings import BACKGROUNDS, COLOURS, SHAPES
+from cogview2.pipeline.data.pixels import load_pixels
 from cogview2.pipeline.data.sources import Source
 from cogview2.pipeline.distributed.process import barrier
 from cogview2.pipeline.metrics.attribute_classifier import AttributeClassifier, train
 from cogview2.pipeline.metrics.feature_network import FeatureNetwork, build_feature_network
-from cogview2.pipeline.training.batches import load_pixels
 from cogview2.pipeline.weights import load_weights, save_weights
 from cogview2.stages._runner import StageContext
 

@@ -14,6 +14,7 @@ from cogview2.pipeline import fsops
 from cogview2.pipeline.config.base import fingerprint
 from cogview2.pipeline.config.stages import Recipe
 from cogview2.pipeline.data.oracle import check, read_picture
+from cogview2.pipeline.data.pixels import downsample, load_pixels
 from cogview2.pipeline.data.records import TokenPair
 from cogview2.pipeline.data.shard_index import ShardIndex
 from cogview2.pipeline.data.sources import Source, open_source
@@ -25,7 +26,6 @@ from cogview2.pipeline.metrics.inception_score import inception_score
 from cogview2.pipeline.metrics.reconstruction import l1, psnr, ssim
 from cogview2.pipeline.metrics.statistics import FeatureStatistics
 from cogview2.pipeline.sampling.text_to_image import TextToImage
-from cogview2.pipeline.training.batches import downsample, load_pixels
 from cogview2.stages import _evaluation_work as work
 from cogview2.stages._evaluation_networks import choose_network
 from cogview2.stages._loading import load_text_to_image

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from cogview2.pipeline.config.deepspeed import resolve
+from cogview2.pipeline.data.pixels import downsample, load_pixels
 from cogview2.pipeline.data.records import RefusedError
 from cogview2.pipeline.data.sources import Source, open_source
 from cogview2.pipeline.distributed.process import gather_objects
@@ -14,7 +15,7 @@ from cogview2.pipeline.errors import Preempted
 from cogview2.pipeline.models.vqvae.losses import ms_ssim_scales
 from cogview2.pipeline.models.vqvae.model import RATES
 from cogview2.pipeline.tokenizers.image import ImageTokenizer
-from cogview2.pipeline.training.batches import ImageBatches, downsample, load_pixels
+from cogview2.pipeline.training.batches import ImageBatches
 from cogview2.pipeline.training.engine import PlainEngine, export_weights
 from cogview2.pipeline.training.metrics import MetricsWriter
 from cogview2.pipeline.training.train_modules.vqvae import VQVAETrainModule

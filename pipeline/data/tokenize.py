@@ -12,6 +12,7 @@ import torch
 
 from cogview2.pipeline.config.data import DataConfig
 from cogview2.pipeline.data.images import open_image, square, to_array
+from cogview2.pipeline.data.pixels import downsample
 from cogview2.pipeline.data.records import RawPair, Refusal, RefusedError, TokenPair
 from cogview2.pipeline.data.shard_writer import ShardEntry, write_shard
 from cogview2.pipeline.data.sources import Source
@@ -68,11 +69,7 @@ class PairTokenizer:
 
     def _encode(self, opened: list[tuple[RawPair, np.ndarray, bool]]) -> Iterator[TokenPair]:
         full = torch.from_numpy(np.stack([pixels for _, pixels, _ in opened])).float() / 255
-        side = self.data.base_size
-        small = torch.nn.functional.interpolate(
-            full, size=(side, side), mode="bilinear", antialias=True
-        ).clamp(0, 1)
-        base = self._codes(small)
+        base = self._codes(downsample(full, self.data.base_size))
         superres = self._codes(full)
         for (pair, _, large), base_codes, superres_codes in zip(opened, base, superres, strict=True):
             text_ids = {

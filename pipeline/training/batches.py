@@ -9,7 +9,6 @@ from cogview2.pipeline.config.base import fingerprint
 from cogview2.pipeline.config.data import DataConfig
 from cogview2.pipeline.config.model import CogLMConfig, DirectSRConfig, IterativeSRConfig
 from cogview2.pipeline.config.stages import ObjectiveConfig
-from cogview2.pipeline.data.images import open_image, square, to_array
 from cogview2.pipeline.data.loader import StepLoader, sample_rng
 from cogview2.pipeline.data.objectives import (
     Sample,
@@ -19,6 +18,7 @@ from cogview2.pipeline.data.objectives import (
     text_image_sample,
     text_sample,
 )
+from cogview2.pipeline.data.pixels import downsample, load_pixels
 from cogview2.pipeline.data.records import TokenPair
 from cogview2.pipeline.data.sample_plan import SamplePlan
 from cogview2.pipeline.data.shard_index import ShardIndex
@@ -96,23 +96,6 @@ class ImageBatches:
         side = self._data.base_size
         top, left = rng.integers(0, picture_CHW.shape[-1] - side + 1, size=2).tolist()
         return picture_CHW[:, top : top + side, left : left + side]
-
-
-def downsample(pixels_BCHW: torch.Tensor, side: int) -> torch.Tensor:
-    """Reduce square pictures with antialiasing; float in, float out, clamped to [0, 1]."""
-    small = torch.nn.functional.interpolate(pixels_BCHW, size=(side, side), mode="bilinear", antialias=True)
-    return small.clamp(0, 1)
-
-
-def load_pixels(source: Source, index: int, data: DataConfig) -> np.ndarray:
-    """Return record `index` as uint8 [3, S, S] at full size.
-
-    Raises:
-        RefusedError: the picture cannot be used.
-    """
-    pair = source.read(index)
-    image = open_image(pair.image, data.images, data.images.min_side or data.base_size)
-    return to_array(square(image, data.superres_size))
 
 
 def _to_batch(samples: list[Sample], accumulation: int) -> list[Batch]:

@@ -10,6 +10,7 @@ from PIL import Image
 from cogview2.pipeline.config.data import DataConfig
 from cogview2.pipeline.config.model import CogLMConfig, DirectSRConfig, IterativeSRConfig
 from cogview2.pipeline.config.stages import ObjectiveConfig
+from cogview2.pipeline.data.pixels import downsample, load_pixels
 from cogview2.pipeline.data.records import RawPair, RefusedError, TokenPair
 from cogview2.pipeline.data.shard_index import ShardIndex, write_manifest
 from cogview2.pipeline.data.shard_writer import write_shard, write_text_shard
@@ -21,9 +22,7 @@ from cogview2.pipeline.training.batches import (
     PairBatches,
     coglm_sample,
     direct_sample,
-    downsample,
     iterative_sample,
-    load_pixels,
     text_share,
 )
 
