@@ -7,7 +7,14 @@ from cogview2.pipeline import fsops
 from cogview2.pipeline.config.base import Config
 from cogview2.pipeline.config.stages import STAGES, Recipe
 from cogview2.pipeline.errors import ConfigError
-from cogview2.pipeline.run_dir import DEPENDENCIES, REPEATABLE, RunDirectory, recipe_parts, section, units
+from cogview2.pipeline.run_dir import (
+    REPEATABLE,
+    RunDirectory,
+    recipe_parts,
+    section,
+    units,
+    units_read_by,
+)
 
 RESTART_FLAG = "--restart-stale"
 
@@ -83,10 +90,10 @@ def accept_recipe(run: RunDirectory, new: Recipe, *, restart_stale: bool) -> lis
     """
     old = run.load_recipe()
     aside: list[str] = []
-    stale_stages: set[str] = set()
+    stale: set[str] = set()
     for stage in STAGES:
-        reads_stale = any(needed in stale_stages for needed in DEPENDENCIES[stage])
         for unit in units(stage):
+            reads_stale = any(read in stale for read in units_read_by(unit, new))
             different = [] if stage in REPEATABLE else changes(old, new, unit)
             if not touched(run, unit) or not (different or reads_stale):
                 continue
@@ -100,7 +107,7 @@ def accept_recipe(run: RunDirectory, new: Recipe, *, restart_stale: bool) -> lis
                 )
             why = f"{different[0].key} changed" if different else "its inputs are made anew"
             aside.append(f"{unit}: {why}, the old one is in {set_aside(run, unit)}")
-            stale_stages.add(stage)
+            stale.add(unit)
     if old != new:
         run.write_recipe(new)
     return aside

@@ -22,6 +22,7 @@ __all__ = [
     "StageDirectory",
     "recipe_parts",
     "units",
+    "units_read_by",
 ]
 
 DEPENDENCIES: dict[str, tuple[str, ...]] = {
@@ -47,6 +48,14 @@ and each result keeps a name made from all that it depends on. Every other stage
 def units(stage: str) -> list[str]:
     """Return the folders below stages/ that get a DONE.json each: the stage itself, or its parts."""
     return [f"{stage}/{part}" for part in PARTS[stage]] if stage in PARTS else [stage]
+
+
+def units_read_by(unit: str, recipe: Recipe) -> list[str]:
+    """Return the units whose outputs a unit (or a whole stage) reads."""
+    found = [read for needed in DEPENDENCIES[unit.partition("/")[0]] for read in units(needed)]
+    if unit == "finetune_superres/iterative" and recipe.iterative_sr.model.init == "direct":
+        found.append("finetune_superres/direct")
+    return found
 
 
 def recipe_parts(unit: str) -> tuple[str, ...]:
@@ -142,17 +151,16 @@ class RunDirectory:
         """Return whether every unit of the stage has its DONE record."""
         return all(self.stage(unit).done() is not None for unit in units(stage))
 
-    def inputs(self, stage: str) -> dict[str, str]:
-        """Return `unit/path` -> sha256 of the outputs of the stages that `stage` (or a part of it) reads.
+    def inputs(self, unit: str, recipe: Recipe) -> dict[str, str]:
+        """Return `unit/path` -> sha256 of the outputs that a unit (or a whole stage) reads.
 
         Only stages that are done count; the launcher starts a stage when all that it needs are.
         """
         found: dict[str, str] = {}
-        for needed in DEPENDENCIES[stage.partition("/")[0]]:
-            for unit in units(needed):
-                record = self.stage(unit).done()
-                if record is not None:
-                    found |= {f"{unit}/{name}": made.sha256 for name, made in record.outputs.items()}
+        for read in units_read_by(unit, recipe):
+            record = self.stage(read).done()
+            if record is not None:
+                found |= {f"{read}/{name}": made.sha256 for name, made in record.outputs.items()}
         return dict(sorted(found.items()))
 
     def fingerprint(self, recipe: Recipe, unit: str) -> str:
@@ -161,5 +169,5 @@ class RunDirectory:
         plain = [value.model_dump(mode="json") if isinstance(value, Config) else value for value in values]
         sections = dict(zip(recipe_parts(unit), plain, strict=True))
         return fingerprint(
-            {"unit": unit, "seed": recipe.seed, "sections": sections, "inputs": self.inputs(unit)}
+            {"unit": unit, "seed": recipe.seed, "sections": sections, "inputs": self.inputs(unit, recipe)}
         )

@@ -34,7 +34,7 @@ class StageContext:
     def finish(self, unit: StageDirectory, extra: dict[str, object] | None = None) -> None:
         """Write the DONE record of the stage or of a part of it; rank 0 only, last of all."""
         unit.write_done(
-            self.run.inputs(unit.name),
+            self.run.inputs(unit.name, self.recipe),
             unit.output_files(),
             self.run.fingerprint(self.recipe, unit.name),
             extra,

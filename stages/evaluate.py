@@ -15,7 +15,7 @@ from cogview2.pipeline.config.base import fingerprint
 from cogview2.pipeline.config.stages import Recipe
 from cogview2.pipeline.data.oracle import check, read_picture
 from cogview2.pipeline.data.pixels import downsample, load_pixels
-from cogview2.pipeline.data.records import TokenPair
+from cogview2.pipeline.data.records import RefusedError, TokenPair
 from cogview2.pipeline.data.shard_index import ShardIndex
 from cogview2.pipeline.data.sources import Source, open_source
 from cogview2.pipeline.distributed.process import barrier, broadcast_object
@@ -34,7 +34,8 @@ from cogview2.stages._runner import StageContext, run_stage
 from cogview2.stages._selected_weights import Selected, select_weights
 
 logger = logging.getLogger(__name__)
-FORMAT = 1
+FORMAT = 2
+"""Of the record and of what is measured; part of the digest."""
 _SHOWN = 12
 _RECONSTRUCTED = 200
 """Held-out pictures at most that are encoded and decoded again."""
@@ -203,8 +204,8 @@ class Evaluation:
     def reconstruction(self) -> dict[str, Any]:
         """Return how well the VQVAE alone brings back the held-out originals, at both sizes.
 
-        Where the source knows its facts, the oracle reads these pictures too: no drawn picture of that size can
-        obey its caption more often.
+        Where the source knows its facts, the oracle reads these pictures too: what is lost here, drawn pictures
+        can hardly have.
         """
         chosen = self.pairs.get("held_out", [])[:_RECONSTRUCTED]
         if not chosen:
@@ -262,7 +263,7 @@ class Evaluation:
             ]
         )
 
-    def showcase(self) -> tuple[np.ndarray, dict[str, Any]]:
+    def showcase(self) -> tuple[np.ndarray | None, dict[str, Any]]:
         """Return one picture of drawn and original pictures, and what its rows and columns show.
 
         Held-out captions in each language and pass, their originals, then captions of training and their
@@ -276,25 +277,44 @@ class Evaluation:
             names.append(name)
             rows.append(pictures_BCHW.transpose(0, 2, 3, 1))
 
-        held_out = self.pairs["held_out"][:_SHOWN]
-        for language in self.languages:
-            unit = next(u for u in self.units if u.split == "held_out" and u.language == language)
-            arrays = self.pictures.read(unit.name)
-            for name in work.PASSES:
-                if name in arrays:
-                    add(f"{language} {name}", arrays[name][:_SHOWN])
-            captions[language] = [held_out[k].captions[language] for k in arrays["kept"] if k < len(held_out)]
-        add("original", _originals(self.source, self.recipe, held_out))
+        first = {u.language: u for u in reversed(self.units) if u.split == "held_out"}
+        drawn = {language: self.pictures.read(first[language].name) for language in self.languages}
+        # Pairs with a caption in every language, so that a column is one pair.
+        shown = sorted(set.intersection(*(set(arrays["kept"].tolist()) for arrays in drawn.values())))[
+            :_SHOWN
+        ]
+        if shown:
+            pairs = [self.pairs["held_out"][k] for k in shown]
+            for language, arrays in drawn.items():
+                places = [arrays["kept"].tolist().index(k) for k in shown]
+                for name in work.PASSES:
+                    if name in arrays:
+                        add(f"{language} {name}", arrays[name][places])
+                captions[language] = [pair.captions[language] for pair in pairs]
+            add("original", _originals(self.source, self.recipe, pairs))
+        trained, originals = self._trained_pairs()
+        if trained:
+            captions["training"] = trained
+            pictures = self.cascade.draw(trained, self.recipe.seed).pixels("final")
+            add("training final", work.uint8_bchw(pictures))
+            add("training original", originals)
+        return grid(rows) if rows else None, {"rows": names, "captions": captions}
+
+    def _trained_pairs(self) -> tuple[list[str], np.ndarray]:
+        """Return captions of training and their original pictures; those that cannot be read any more are left out."""
         shards = ShardIndex.load(self.context.run.stage("shard_dataset").output / "train")
         language = self.languages[0]
-        trained = [pair for pair in map(shards.read, range(min(len(shards), _SHOWN)))]
-        trained = [pair for pair in trained if pair.captions.get(language)]
-        if trained:
-            captions["training"] = [pair.captions[language] for pair in trained]
-            drawn = self.cascade.draw(captions["training"], self.recipe.seed)
-            add("training final", work.uint8_bchw(drawn.pixels("final")))
-            add("training original", _originals(self.source, self.recipe, trained))
-        return grid(rows), {"rows": names, "captions": captions}
+        captions: list[str] = []
+        originals: list[np.ndarray] = []
+        for pair in map(shards.read, range(min(len(shards), _SHOWN))):
+            if pair.captions.get(language):
+                try:
+                    originals.append(_originals(self.source, self.recipe, [pair])[0])
+                except (RefusedError, KeyError) as error:
+                    logger.warning("training picture %s is not shown: %s", pair.key, error)
+                else:
+                    captions.append(pair.captions[language])
+        return captions, np.array(originals)
 
 
 def _record(evaluation: Evaluation, digest: str, selected: Selected) -> dict[str, Any]:
@@ -375,7 +395,8 @@ def job(context: StageContext) -> None:
             if world.is_first:
                 picture, shown = evaluation.showcase()
                 record = _record(evaluation, digest, selected) | {"picture": shown}
-                save_png(folder / "samples.png", picture)
+                if picture is not None:
+                    save_png(folder / "samples.png", picture)
                 fsops.write_json(result_path, record)
     if world.is_first:
         record = json.loads(result_path.read_text(encoding="utf-8"))

@@ -152,6 +152,11 @@ def _refuse_contradictions(how: DeepSpeedJson, train: TrainConfig, name: str) ->
             f"{name}: bf16 with zero_optimization.stage 0 follows another trajectory than every other stage; "
             "use stage 1"
         )
+    offloaded = how.zero_optimization.offload_optimizer
+    if train.optimizer.kind == "muon" and offloaded is not None and offloaded.device != "none":
+        raise ConfigError(
+            f"{name}: offload_optimizer does not go with train.optimizer.kind muon; delete it, or use adamw"
+        )
     if train.optimizer.kind == "muon" and (stage != 0 or train.pipeline_parallel > 1):
         raise ConfigError(
             f"{name}: train.optimizer.kind muon needs whole matrices on every rank; use zero_optimization.stage 0 "
@@ -198,6 +203,8 @@ def resolve(json_name: str, train: TrainConfig, world_size: int, *, cpu: bool = 
         "eps": optimizer.eps,
         "weight_decay": optimizer.weight_decay,
     }
+    if optimizer.kind == "muon":
+        del config["optimizer"]  # the engine gets the optimizer itself
     # Re-entrant checkpointing, the default, silently drops gradients when a segment's inputs are integers.
     config["pipeline"]["use_reentrant"] = False
     return config

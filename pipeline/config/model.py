@@ -104,5 +104,5 @@ class IterativeSRConfig(Config):
     """One is drawn for each training sample (spec 5.2)."""
     init: Literal["coglm", "direct"] = "coglm"
     """Whose weights training starts from (published: CogLM's). Direct SR, when its base was trained too, knows the
-    high-resolution codes already, and half the steps suffice."""
+    high-resolution codes already, and half the steps suffice; its positions are taken too."""
     position_init: Literal["tiled", "nearest"] = "tiled"

@@ -59,7 +59,8 @@ class VQVAEStageConfig(Config):
     restart_after: Annotated[int, Field(ge=0)] = 50
     """Steps without use after which a code is set to a latent of the batch; 0 never."""
     other_rates_every: Positive = 1
-    """Rates other than data.compression_rate are trained in every n-th step; 1, every step, as published."""
+    """Rates other than data.compression_rate are trained in every n-th step; 1, every step, as published. The loss of a
+    step is that of its rates, so train.log_every should be a multiple."""
     autoencoder_steps: Annotated[int, Field(ge=0)] = 0
     """First steps without quantization; the codebook is initialised from data right after them."""
     perceptual_network: str | None = None

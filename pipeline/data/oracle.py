@@ -51,6 +51,13 @@ def _templates() -> tuple[np.ndarray, np.ndarray]:
     return np.stack(masks), np.array(aspects)
 
 
+@lru_cache(maxsize=len(SHAPES))
+def _reach(shape: str) -> float:
+    """Return half the longer side of the shape's box at half side 1: a square is drawn smaller than a circle."""
+    corners = np.array(outline(shape, 0.0, 0.0, 1.0))
+    return float((corners.max(axis=0) - corners.min(axis=0)).max() / 2)
+
+
 def components(mask: np.ndarray) -> list[np.ndarray]:
     """Return the 4-connected components of a bool [H, W] mask as bool masks, largest first."""
     height, width = mask.shape
@@ -110,10 +117,11 @@ def read_picture(pixels: np.ndarray) -> Reading:
             break
         colour = _nearest(np.median(image[blob], axis=0), COLOURS)
         rows, columns = np.flatnonzero(blob.any(1)), np.flatnonzero(blob.any(0))
-        half = max(len(rows), len(columns)) / 2 / side
+        shape = _shape_of(blob)
+        half = max(len(rows), len(columns)) / 2 / side / _reach(shape)
         size = min(SIZES, key=lambda name: abs(SIZES[name] - half))
         centre_x, centre_y = (columns[0] + columns[-1] + 1) / 2 / side, (rows[0] + rows[-1] + 1) / 2 / side
-        objects.append(Seen(colour, _shape_of(blob), size, float(centre_x), float(centre_y)))
+        objects.append(Seen(colour, shape, size, float(centre_x), float(centre_y)))
     return Reading(tuple(objects), _nearest(background, BACKGROUNDS))
 
 

@@ -57,11 +57,24 @@ class TrainingEngine(Protocol):
 def _initialize(module: Any, config: DeepSpeedConfig, optimizer: OptimizerConfig) -> Any:
     import deepspeed
 
-    groups = parameter_groups(module, optimizer.weight_decay)
     engine, *_ = deepspeed.initialize(
-        model=module, model_parameters=groups, optimizer=build_optimizer(groups, optimizer), config=config
+        model=module,
+        model_parameters=parameter_groups(module, optimizer.weight_decay),
+        optimizer=build_optimizer(module, optimizer),
+        config=config,
     )
     return engine
+
+
+def _keep_grad_norm(engine: Any) -> None:
+    """Let a plain float32 engine clip as before, and keep the norm, which DeepSpeed throws away there."""
+
+    def clip() -> None:
+        engine._global_grad_norm = torch.nn.utils.clip_grad_norm_(
+            engine.module.parameters(), engine.gradient_clipping()
+        )
+
+    engine.clip_fp32_gradients = clip
 
 
 def _set_learning_rate(engine: Any, value: float) -> None:
@@ -116,6 +129,7 @@ class PlainEngine(_SavingMixin):
     ) -> None:
         self.module = module
         self.engine = _initialize(module, config, optimizer)
+        _keep_grad_norm(self.engine)
         self.metric_names = module.metric_names
         self.data_rank, self.data_size = world.rank, world.size
         self.device = world.device
@@ -132,6 +146,9 @@ class PlainEngine(_SavingMixin):
         for batch in on_device:
             output = self.engine(batch)
             self.engine.backward(output.loss)
+            # DeepSpeed gives them zeros for gradients, and an optimizer with momentum would move them.
+            for parameter in self.module.unused_parameters():
+                parameter.grad = None
             self.engine.step()
             loss += float(output.loss.detach()) / len(on_device)
             sums += output.sums.detach().float().cpu()

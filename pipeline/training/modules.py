@@ -1,5 +1,6 @@
 """What the trainer needs to know of a model: a module that turns a micro batch into a loss."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,10 @@ class TrainModule(nn.Module):
 
     def begin_step(self, step: int, micro_batches: list[Batch]) -> None:
         """Called on all ranks before update `step` (from 0)."""
+
+    def unused_parameters(self) -> Iterable[nn.Parameter]:
+        """Return the parameters that this update leaves alone, the same on all ranks (ZeRO stage 0 only)."""
+        return ()
 
     def end_step(self, step: int) -> dict[str, float]:
         """Called on all ranks after the update; may communicate. Returns further numbers to log, equal on all ranks."""

@@ -8,17 +8,26 @@ from torch import nn
 from cogview2.pipeline.config.training import OptimizerConfig
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Split the trainable parameters: no weight decay on vectors (biases, norms) and embeddings (spec 2.7)."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+def _split(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the trainable weights of layers, and the vectors (biases, norms) and embeddings."""
+    weights: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             skip = parameter.ndim < 2 or id(parameter) in embeddings or "embeddings" in name
-            (plain if skip else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+            (others if skip else weights).append(parameter)
+    return weights, others
+
+
+def _groups(*groups: tuple[list[nn.Parameter], float]) -> list[dict[str, Any]]:
+    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split the trainable parameters: no weight decay on vectors (biases, norms) and embeddings (spec 2.7)."""
+    weights, others = _split(module)
+    return _groups((weights, weight_decay), (others, 0.0))
 
 
 _LEAST_SIDE = 8
@@ -33,24 +42,12 @@ class MuonWithAdamW(torch.optim.Optimizer):
     gradients, so it does not go with ZeRO's partitions.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> None:
-        """Split `groups` (of `parameter_groups`) once more, into matrices of decayed groups and the rest.
-
-        Args:
-            groups: with "params" and "weight_decay"; embeddings stand in groups without decay.
-            config: learning rate, betas and eps.
-        """
-        matrices: list[dict[str, Any]] = []
-        rest: list[dict[str, Any]] = []
-        for group in groups:
-            decay = float(group["weight_decay"])
-            parts: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
-            for parameter in group["params"]:
-                parts[decay > 0 and _is_matrix(parameter)].append(parameter)
-            for part, target in zip(parts, (rest, matrices), strict=True):
-                if part:
-                    target.append({"params": part, "weight_decay": decay})
-        rate = config.learning_rate
+    def __init__(self, module: nn.Module, config: OptimizerConfig) -> None:
+        """Take the trainable parameters of `module`; `config` gives learning rate, decay, betas and eps."""
+        weights, others = _split(module)
+        rate, decay = config.learning_rate, config.weight_decay
+        matrices = _groups(([p for p in weights if _is_matrix(p)], decay))
+        rest = _groups(([p for p in weights if not _is_matrix(p)], decay), (others, 0.0))
         flat = [group | {"params": [nn.Parameter(_flat(p)) for p in group["params"]]} for group in matrices]
         self._muon = torch.optim.Muon(flat, lr=rate, adjust_lr_fn="match_rms_adamw") if flat else None
         self._adamw = (
@@ -102,6 +99,6 @@ def _is_matrix(parameter: nn.Parameter) -> bool:
     return parameter.ndim >= 2 and min(len(parameter), parameter[0].numel()) >= _LEAST_SIDE
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer | None:
+def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer | None:
     """Return the optimizer for `deepspeed.initialize`, or None where DeepSpeed builds AdamW itself."""
-    return MuonWithAdamW(groups, config) if config.kind == "muon" else None
+    return MuonWithAdamW(module, config) if config.kind == "muon" else None

@@ -28,7 +28,7 @@ class VQVAEOutput:
     commitment: Tensor
     """float32 scalar: the sum over the rates."""
     latents: Tensor
-    """[M, E] projected latents of rates 4, 8, 16, one after the other, cut off from the graph."""
+    """[M, E] projected latents of the rates, the finest first, cut off from the graph."""
     codes: Tensor
     """int64 [M], one for each latent; empty without quantization."""
 

@@ -1,7 +1,10 @@
 """Training of the VQVAE: reconstruction losses at three rates, EMA codebook over all ranks (spec 1.3)."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from cogview2.pipeline.config.stages import VQVAEStageConfig
 from cogview2.pipeline.models.vqvae.losses import build_perceptual, l1_loss, ms_ssim_loss
@@ -117,6 +120,14 @@ class VQVAETrainModule(TrainModule):
         if dist.is_initialized() and dist.get_world_size() > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, 0)
+
+    def unused_parameters(self) -> Iterable[nn.Parameter]:
+        """Return the weights of the rates that this step does not train."""
+        for index, rate in enumerate(RATES):
+            if rate not in self._rates:
+                yield from self.model.decoder(rate).parameters()
+                if index and rate > max(self._rates):
+                    yield from self.model.down_samplers[index - 1].parameters()
 
     @torch.no_grad()
     def end_step(self, step: int) -> dict[str, float]:

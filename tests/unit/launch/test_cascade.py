@@ -51,7 +51,7 @@ for unit in units(name):
     (folder.output / "made.txt").write_text(f"{name} {recipe.seed}")
     said = {"summary": [f"weights {recipe.evaluate.weights}", f"captions {recipe.evaluate.captions}"]}
     extra = said if name == "evaluate" else {"loss": 1.5}
-    folder.write_done(run.inputs(unit), folder.output_files(), run.fingerprint(recipe, unit), extra)
+    folder.write_done(run.inputs(unit, recipe), folder.output_files(), run.fingerprint(recipe, unit), extra)
 stage.write_heartbeat(10, 10, loss=1.5)
 attempt.write_outcome(0, "done", 0, 10, "")
 sys.exit(3 if mode == "badcode" else 0)
@@ -88,7 +88,7 @@ def complete(run: RunDirectory) -> None:
         for unit in units(stage):
             folder = run.stage(unit).create()
             (folder.output / "made.txt").write_text(unit)
-            folder.write_done(run.inputs(unit), folder.output_files(), run.fingerprint(recipe, unit))
+            folder.write_done(run.inputs(unit, recipe), folder.output_files(), run.fingerprint(recipe, unit))
 
 
 def set_mode(run: RunDirectory, mode: str) -> None:
@@ -134,10 +134,9 @@ def test_the_whole_cascade_then_nothing_is_done_again(
         assert len(run.stage(stage).attempts()) == 1
     assert "step 10/10  loss 1.5  done in" in out
     resolved = json.loads(run.deepspeed_path("pretrain_coglm").read_text())
-    assert (
-        resolved["optimizer"]["params"]["lr"]
-        == load_recipe("quickstart", []).coglm.train.optimizer.learning_rate
-    )
+    train = load_recipe("quickstart", []).coglm.train
+    assert resolved["train_batch_size"] == train.global_batch
+    assert resolved["gradient_clipping"] == train.optimizer.gradient_clipping
     assert execute(run) == ExitCode.DONE
     out = capsys.readouterr().out
     assert out.count("skipped: done before") == 6
@@ -333,8 +332,8 @@ def test_missing_outputs_of_a_finished_stage_are_noticed(run: RunDirectory) -> N
 
 
 def test_a_contradiction_is_refused_before_anything_is_made(run: RunDirectory) -> None:
-    with pytest.raises(ConfigError, match="stage pretrain_coglm: train.global_batch 31 is not a multiple"):
-        execute(run, "coglm.train.global_batch=31")
+    with pytest.raises(ConfigError, match="stage pretrain_coglm: train.global_batch 31 does not split over 2"):
+        execute(run, "coglm.train.global_batch=31", "launch.ranks=2")
     assert not run.path.exists()
 
 

@@ -30,7 +30,7 @@ def run(tmp_path: Path, recipe: Recipe) -> RunDirectory:
 def finish(run: RunDirectory, recipe: Recipe, unit: str, content: str = "x") -> None:
     stage = run.stage(unit).create()
     (stage.output / "result.bin").write_text(content)
-    stage.write_done(run.inputs(unit), stage.output_files(), run.fingerprint(recipe, unit))
+    stage.write_done(run.inputs(unit, recipe), stage.output_files(), run.fingerprint(recipe, unit))
 
 
 def test_create_and_load(run: RunDirectory, recipe: Recipe) -> None:
@@ -109,7 +109,18 @@ def test_the_two_models_of_superres_are_done_one_by_one(run: RunDirectory, recip
     assert not run.is_done("finetune_superres")
     finish(run, recipe, "finetune_superres/iterative")
     assert run.is_done("finetune_superres")
-    assert "finetune_superres/direct/output/result.bin" in run.inputs("evaluate")
+    assert "finetune_superres/direct/output/result.bin" in run.inputs("evaluate", recipe)
+
+
+def test_iterative_superres_reads_direct_superres_where_it_starts_from_it(run: RunDirectory) -> None:
+    unit, output = "finetune_superres/iterative", "finetune_superres/direct/output/result.bin"
+    from_coglm, from_direct = (
+        load_recipe("quickstart", [f"iterative_sr.model.init={init}"]) for init in ("coglm", "direct")
+    )
+    before = run.fingerprint(from_direct, unit)
+    finish(run, from_direct, "finetune_superres/direct")
+    assert output in run.inputs(unit, from_direct) and output not in run.inputs(unit, from_coglm)
+    assert run.fingerprint(from_direct, unit) != before
 
 
 def test_tables_agree_with_the_recipe(recipe: Recipe) -> None:

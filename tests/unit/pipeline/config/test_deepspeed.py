@@ -67,6 +67,14 @@ def test_an_auto_micro_batch_is_the_whole_share_of_a_rank() -> None:
         resolve("tiny_zero0", train(), 32)
 
 
+def test_muon_is_refused_with_an_offloaded_optimizer_and_leaves_no_adamw_in_the_json(tmp_path: Path) -> None:
+    muon = train(optimizer={"kind": "muon"})
+    assert "optimizer" not in resolve("tiny_zero0", muon, 2)
+    offloads = {"stage": 0, "offload_optimizer": {"device": "cpu"}}
+    with pytest.raises(ConfigError, match="offload_optimizer does not go with"):
+        resolve(write(tmp_path, GOOD | {"zero_optimization": offloads}), muon, 2)
+
+
 def test_pipe_stages_leave_fewer_data_parallel_ranks() -> None:
     assert resolve("coglm_tiny_pp", train(pipeline_parallel=2), 4)["gradient_accumulation_steps"] == 2
 

@@ -159,6 +159,9 @@ def test_vqvae_trains_other_rates_in_every_nth_step_only() -> None:
         for rate in (4, 8, 16):
             learns = any(p.grad is not None for p in module.model.decoder(rate).parameters())
             assert learns == (every or rate == 4), (step, rate)
+        left = {id(parameter) for parameter in module.unused_parameters()}
+        without = {id(p) for p in module.model.parameters() if p.grad is None and p.requires_grad}
+        assert left == without and bool(left) != every
         module.end_step(step)
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from cogview2.pipeline.config.deepspeed import resolve
 from cogview2.pipeline.config.training import OptimizerConfig, TrainConfig
 from cogview2.pipeline.errors import ConfigError
-from cogview2.pipeline.training.optimizers import build_optimizer, parameter_groups
+from cogview2.pipeline.training.optimizers import build_optimizer
 
 MUON = OptimizerConfig(kind="muon", learning_rate=0.01, weight_decay=0.1)
 
@@ -33,7 +33,7 @@ def steps(net: Net, optimizer: torch.optim.Optimizer, count: int) -> None:
 
 
 def build(net: Net) -> torch.optim.Optimizer:
-    optimizer = build_optimizer(parameter_groups(net, MUON.weight_decay), MUON)
+    optimizer = build_optimizer(net, MUON)
     assert optimizer is not None
     return optimizer
 
@@ -66,6 +66,18 @@ def test_matrices_follow_muon_and_the_rest_adamw(net: Net) -> None:
             part.step()
     for (name, ours), theirs in zip(net.named_parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, msg=name)
+
+
+def test_muon_needs_no_weight_decay(net: Net) -> None:
+    optimizer = build_optimizer(net, MUON.model_copy(update={"weight_decay": 0.0}))
+    assert optimizer is not None
+    steps(net, optimizer, 1)
+    assert (
+        set(optimizer.state[net.inner.weight])
+        == set(optimizer.state[net.kernel.weight])
+        == {"momentum_buffer"}
+    )
+    assert "exp_avg" in optimizer.state[net.words.weight] and "exp_avg" in optimizer.state[net.thin.weight]
 
 
 def test_weights_that_moved_to_another_storage_are_found(net: Net) -> None:
@@ -103,7 +115,7 @@ def test_the_learning_rate_of_the_groups_counts(net: Net) -> None:
 
 
 def test_adamw_is_left_to_deepspeed(net: Net) -> None:
-    assert build_optimizer(parameter_groups(net, 0.1), OptimizerConfig()) is None
+    assert build_optimizer(net, OptimizerConfig()) is None
 
 
 @pytest.mark.parametrize(("json", "pipe"), [("debug", 1), ("coglm_tiny_pp", 2)])
