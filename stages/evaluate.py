@@ -295,8 +295,9 @@ class Evaluation:
         trained, originals = self._trained_pairs()
         if trained:
             captions["training"] = trained
-            pictures = self.cascade.draw(trained, self.recipe.seed).pixels("final")
-            add("training final", work.uint8_bchw(pictures))
+            by_heart = self.cascade.draw(trained, self.recipe.seed)
+            add("training base", work.uint8_bchw(by_heart.pixels("base")))
+            add("training final", work.uint8_bchw(by_heart.pixels("final")))
             add("training original", originals)
         return grid(rows) if rows else None, {"rows": names, "captions": captions}
 
@@ -306,7 +307,9 @@ class Evaluation:
         language = self.languages[0]
         captions: list[str] = []
         originals: list[np.ndarray] = []
-        for pair in map(shards.read, range(min(len(shards), _SHOWN))):
+        # Spread over the set: neighbours in a source are often alike.
+        numbers = np.linspace(0, len(shards) - 1, min(len(shards), _SHOWN)).round().astype(int).tolist()
+        for pair in map(shards.read, numbers):
             if pair.captions.get(language):
                 try:
                     originals.append(_originals(self.source, self.recipe, [pair])[0])

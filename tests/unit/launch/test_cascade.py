@@ -332,7 +332,9 @@ def test_missing_outputs_of_a_finished_stage_are_noticed(run: RunDirectory) -> N
 
 
 def test_a_contradiction_is_refused_before_anything_is_made(run: RunDirectory) -> None:
-    with pytest.raises(ConfigError, match="stage pretrain_coglm: train.global_batch 31 does not split over 2"):
+    with pytest.raises(
+        ConfigError, match="stage pretrain_coglm: train.global_batch 31 does not split over 2"
+    ):
         execute(run, "coglm.train.global_batch=31", "launch.ranks=2")
     assert not run.path.exists()
 
