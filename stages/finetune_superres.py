@@ -8,6 +8,7 @@ from typing import Any
 from cogview2.pipeline.config.deepspeed import resolve
 from cogview2.pipeline.config.training import TrainConfig
 from cogview2.pipeline.data.shard_index import ShardIndex
+from cogview2.pipeline.distributed.process import barrier
 from cogview2.pipeline.distributed.seeding import seed_everything
 from cogview2.pipeline.training.batches import PairBatches, direct_sample, iterative_sample
 from cogview2.pipeline.training.engine import PlainEngine, export_weights
@@ -79,6 +80,8 @@ def _train_part(
     export_weights(engine, unit.output / WEIGHTS, {"kind": f"{part}-sr"})
     if world.is_first:
         context.finish(unit, {"loss": result.loss})
+    # Iterative super-resolution may start from these weights, and names them in its fingerprint.
+    barrier()
 
 
 def job(context: StageContext) -> None:
