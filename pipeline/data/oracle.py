@@ -110,13 +110,16 @@ def read_picture(pixels: np.ndarray) -> Reading:
     side = image.shape[0]
     border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     background = np.median(border, axis=0)
-    foreground = np.linalg.norm(image - background, axis=2) > _FOREGROUND_DISTANCE
+    distance = np.linalg.norm(image - background, axis=2)
+    foreground = distance > _FOREGROUND_DISTANCE
     objects = []
     for blob in components(foreground):
         if blob.sum() < _LEAST_AREA * side * side:
             break
         colour = _nearest(np.median(image[blob], axis=0), COLOURS)
-        rows, columns = np.flatnonzero(blob.any(1)), np.flatnonzero(blob.any(0))
+        # An edge lies where the colours are mixed half and half; the foreground begins further out.
+        inner = blob & (distance > np.median(distance[blob]) / 2)
+        rows, columns = np.flatnonzero(inner.any(1)), np.flatnonzero(inner.any(0))
         shape = _shape_of(blob)
         half = max(len(rows), len(columns)) / 2 / side / _reach(shape)
         size = min(SIZES, key=lambda name: abs(SIZES[name] - half))
