@@ -193,7 +193,7 @@ class Cascade:
             line.finish(f"stopped after {duration(line.elapsed)}; the same command starts it again")
             return ExitCode.REQUEUE
         if failure is not None and failure.code == ExitCode.REQUEUE:
-            line.finish(f"{failure.message or 'stopped'}; the same command goes on from there")
+            line.finish(failure.message or "stopped; the same command goes on from there")
             return ExitCode.REQUEUE
         line.finish(f"failed after {duration(line.elapsed)}")
         if failure is None:
