@@ -13,8 +13,10 @@ import torch
 from cogview2.pipeline import fsops
 from cogview2.pipeline.config.stages import Recipe
 from cogview2.pipeline.data.oracle import check, read_picture
+from cogview2.pipeline.data.pixels import load_pixels
 from cogview2.pipeline.data.records import TokenPair
 from cogview2.pipeline.data.shard_index import ShardIndex
+from cogview2.pipeline.data.sources import Source
 from cogview2.pipeline.metrics.blur import gaussian_blur
 from cogview2.pipeline.metrics.feature_network import FeatureNetwork
 from cogview2.pipeline.run_dir import RunDirectory
@@ -95,6 +97,12 @@ class Store:
         """Read the arrays of a unit."""
         with np.load(self.path(name), allow_pickle=False) as content:
             return {key: content[key] for key in content.files}
+
+
+def originals_of(source: Source, recipe: Recipe, pairs: list[TokenPair]) -> np.ndarray:
+    """Return the pictures of pairs at full size, uint8 [B, 3, S, S]."""
+    numbers = {key: index for index, key in enumerate(source.keys)}
+    return np.stack([load_pixels(source, numbers[pair.key], recipe.data) for pair in pairs])
 
 
 def uint8_bchw(pixels_BCHW: torch.Tensor) -> np.ndarray:

@@ -12,11 +12,9 @@ import torch
 
 from cogview2.pipeline import fsops
 from cogview2.pipeline.config.base import fingerprint
-from cogview2.pipeline.config.stages import Recipe
 from cogview2.pipeline.data.oracle import check, read_picture
-from cogview2.pipeline.data.pixels import downsample, load_pixels
-from cogview2.pipeline.data.records import RefusedError, TokenPair
-from cogview2.pipeline.data.shard_index import ShardIndex
+from cogview2.pipeline.data.pixels import downsample
+from cogview2.pipeline.data.records import TokenPair
 from cogview2.pipeline.data.sources import Source, open_source
 from cogview2.pipeline.distributed.process import barrier, broadcast_object
 from cogview2.pipeline.errors import ConfigError, DataError, Preempted
@@ -28,15 +26,15 @@ from cogview2.pipeline.metrics.statistics import FeatureStatistics
 from cogview2.pipeline.sampling.text_to_image import TextToImage
 from cogview2.stages import _evaluation_work as work
 from cogview2.stages._evaluation_networks import choose_network
+from cogview2.stages._evaluation_showcase import showcase
 from cogview2.stages._loading import load_text_to_image
-from cogview2.stages._pictures import grid, save_png
+from cogview2.stages._pictures import save_png
 from cogview2.stages._runner import StageContext, run_stage
 from cogview2.stages._selected_weights import Selected, select_weights
 
 logger = logging.getLogger(__name__)
 FORMAT = 2
 """Of the record and of what is measured; part of the digest."""
-_SHOWN = 12
 _RECONSTRUCTED = 200
 """Held-out pictures at most that are encoded and decoded again."""
 
@@ -56,12 +54,6 @@ def _digest(
         {"format": FORMAT, "weights": selected.digests, "captions": captions, "protocol": protocol},
         {"network": network.sha256, "sampling": recipe.sampling.model_dump(mode="json"), "seed": recipe.seed},
     )
-
-
-def _originals(source: Source, recipe: Recipe, pairs: list[TokenPair]) -> np.ndarray:
-    """Return the pictures of pairs at full size, uint8 [B, 3, S, S]."""
-    numbers = {key: index for index, key in enumerate(source.keys)}
-    return np.stack([load_pixels(source, numbers[pair.key], recipe.data) for pair in pairs])
 
 
 def _has_facts(pairs: list[TokenPair]) -> bool:
@@ -131,7 +123,7 @@ class Evaluation:
             if isinstance(what, work.Unit):
                 images = self.pictures.read(name).get("final")
             else:
-                images = _originals(
+                images = work.originals_of(
                     self.source, self.recipe, self.pairs["held_out"][what : what + self.recipe.evaluate.chunk]
                 )
             self.features.write(name, {} if images is None else work.features_of(images, self.network, radii))
@@ -210,7 +202,7 @@ class Evaluation:
         chosen = self.pairs.get("held_out", [])[:_RECONSTRUCTED]
         if not chosen:
             return {}
-        full = torch.from_numpy(_originals(self.source, self.recipe, chosen)).float() / 255
+        full = torch.from_numpy(work.originals_of(self.source, self.recipe, chosen)).float() / 255
         result = {}
         for name, pixels in (("base", downsample(full, self.recipe.data.base_size)), ("full", full)):
             tokenizer = self.cascade.image_tokenizer
@@ -249,9 +241,14 @@ class Evaluation:
                 }
                 for name, found in held_out.items()
             }
-        originals = _originals(self.source, self.recipe, self.pairs["held_out"])
+        originals = work.originals_of(self.source, self.recipe, self.pairs["held_out"])
         obeyed = self._obeyed(originals, self.pairs["held_out"])
         return {"table": table, "details": details, "oracle_on_originals": obeyed}
+
+    def first_drawn(self) -> dict[str, dict[str, np.ndarray]]:
+        """Return, by language, what the first unit of held-out captions drew."""
+        first = {u.language: u for u in reversed(self.units) if u.split == "held_out"}
+        return {language: self.pictures.read(first[language].name) for language in self.languages}
 
     def _obeyed(self, pictures: np.ndarray, pairs: list[TokenPair]) -> float:
         """Return the share of pictures, uint8 [B, 3, H, W], in which the oracle finds what the caption states."""
@@ -262,62 +259,6 @@ class Evaluation:
                 for picture, pair in zip(pictures, pairs, strict=True)
             ]
         )
-
-    def showcase(self) -> tuple[np.ndarray | None, dict[str, Any]]:
-        """Return one picture of drawn and original pictures, and what its rows and columns show.
-
-        Held-out captions in each language and pass, their originals, then captions of training and their
-        originals: what was learned beside what was learned by heart.
-        """
-        rows: list[np.ndarray] = []
-        names: list[str] = []
-        captions: dict[str, list[str]] = {}
-
-        def add(name: str, pictures_BCHW: np.ndarray) -> None:
-            names.append(name)
-            rows.append(pictures_BCHW.transpose(0, 2, 3, 1))
-
-        first = {u.language: u for u in reversed(self.units) if u.split == "held_out"}
-        drawn = {language: self.pictures.read(first[language].name) for language in self.languages}
-        # Pairs with a caption in every language, so that a column is one pair.
-        shown = sorted(set.intersection(*(set(arrays["kept"].tolist()) for arrays in drawn.values())))[
-            :_SHOWN
-        ]
-        if shown:
-            pairs = [self.pairs["held_out"][k] for k in shown]
-            for language, arrays in drawn.items():
-                places = [arrays["kept"].tolist().index(k) for k in shown]
-                for name in work.PASSES:
-                    if name in arrays:
-                        add(f"{language} {name}", arrays[name][places])
-                captions[language] = [pair.captions[language] for pair in pairs]
-            add("original", _originals(self.source, self.recipe, pairs))
-        trained, originals = self._trained_pairs()
-        if trained:
-            captions["training"] = trained
-            by_heart = self.cascade.draw(trained, self.recipe.seed)
-            add("training base", work.uint8_bchw(by_heart.pixels("base")))
-            add("training final", work.uint8_bchw(by_heart.pixels("final")))
-            add("training original", originals)
-        return grid(rows) if rows else None, {"rows": names, "captions": captions}
-
-    def _trained_pairs(self) -> tuple[list[str], np.ndarray]:
-        """Return captions of training and their original pictures; those that cannot be read any more are left out."""
-        shards = ShardIndex.load(self.context.run.stage("shard_dataset").output / "train")
-        language = self.languages[0]
-        captions: list[str] = []
-        originals: list[np.ndarray] = []
-        # Spread over the set: neighbours in a source are often alike.
-        numbers = np.linspace(0, len(shards) - 1, min(len(shards), _SHOWN)).round().astype(int).tolist()
-        for pair in map(shards.read, numbers):
-            if pair.captions.get(language):
-                try:
-                    originals.append(_originals(self.source, self.recipe, [pair])[0])
-                except (RefusedError, KeyError) as error:
-                    logger.warning("training picture %s is not shown: %s", pair.key, error)
-                else:
-                    captions.append(pair.captions[language])
-        return captions, np.array(originals)
 
 
 def _record(evaluation: Evaluation, digest: str, selected: Selected) -> dict[str, Any]:
@@ -396,7 +337,9 @@ def job(context: StageContext) -> None:
             evaluation.draw()
             evaluation.extract()
             if world.is_first:
-                picture, shown = evaluation.showcase()
+                picture, shown = showcase(
+                    context, pairs["held_out"], evaluation.first_drawn(), cascade, source
+                )
                 record = _record(evaluation, digest, selected) | {"picture": shown}
                 if picture is not None:
                     save_png(folder / "samples.png", picture)
