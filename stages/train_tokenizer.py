@@ -91,7 +91,9 @@ def _wait(context: StageContext) -> None:
         if beat != seen:
             seen, changed = beat, time.monotonic()
         if context.stop.is_set:
-            raise Preempted(f"stopped by {context.stop.reason} while waiting for rank 0")
+            raise Preempted(
+                f"stopped by {context.stop.reason} while waiting for rank 0; the same command starts it again"
+            )
         if time.monotonic() - changed > SILENCE_SECONDS:
             raise LaunchError(
                 f"rank 0 was silent for {SILENCE_SECONDS:.0f} s while training the tokenizer; see its log"
