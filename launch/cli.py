@@ -24,6 +24,7 @@ _CHILD_COMMANDS = {
     "caption": "describe pictures",
     "rank": "order pictures by how well they fit a text",
     "weights": "import and export weights",
+    "doctor": "show versions, devices and operators, and what they lack",
 }
 """Commands that need torch: a module of stages/commands/ each, started as a child process."""
 

@@ -1,6 +1,6 @@
 """The definition of 2D local attention: gathers over window shifts in plain PyTorch, any device and dtype.
 
-Dims: B batch, N heads, Y X query grid, P window slots, T additional keys, K head dim.
+Dims: B batch, N H heads, Y X query grid, P window slots, T additional keys, K D head dim.
 A window of (rows, columns) has the radii (rows // 2, columns // 2). Slot t lies `t // columns - radius` rows
 below and `t % columns - radius` columns right of the centre. A causal window ends there, in raster order.
 """
@@ -11,6 +11,7 @@ import torch
 
 Kernel = tuple[int, int]
 OUTSIDE_SCORE = -10_000.0
+_UINT32 = 0xFFFFFFFF
 
 
 def window_offsets(kernel_size: Kernel, is_causal: bool = False) -> list[Kernel]:
@@ -63,7 +64,12 @@ def _expand_batch(keys: torch.Tensor, batch: int) -> torch.Tensor:
 
 
 def similar(
-    query: torch.Tensor, key: torch.Tensor, kernel_size: Kernel, *, is_causal: bool = False
+    query: torch.Tensor,
+    key: torch.Tensor,
+    kernel_size: Kernel,
+    *,
+    is_causal: bool = False,
+    outside: float = OUTSIDE_SCORE,
 ) -> torch.Tensor:
     """Score every query against the keys of its window; no scaling (spec section 6).
 
@@ -72,17 +78,17 @@ def similar(
         key: [B', N, Y', X', K]; B, Y and X are multiples of B', Y' and X'.
         kernel_size: rows and columns of the window, in key cells.
         is_causal: keep only the slots up to the centre.
+        outside: the score of a key outside its grid, -10000 as published.
 
     Returns:
-        [B, N, Y, X, P], accumulated in float32 (float64 for float64 inputs), in the dtype of `query`;
-        exactly -10000 where the key lies outside its grid.
+        [B, N, Y, X, P], accumulated in float32 (float64 for float64 inputs), in the dtype of `query`.
     """
     keys = _expand_batch(key, query.shape[0])
     wide = torch.promote_types(query.dtype, torch.float32)
     scores = []
     for flat, inside in _shifts(_grid(query), _grid(key), kernel_size, is_causal, query.device):
         score = (query.to(wide) * keys[:, :, flat].to(wide)).sum(-1)
-        scores.append(score.masked_fill(~inside, OUTSIDE_SCORE))
+        scores.append(score.masked_fill(~inside, outside))
     return torch.stack(scores, dim=-1).to(query.dtype)
 
 
@@ -110,74 +116,134 @@ def weighting(
     return total.to(value.dtype)
 
 
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """The finaliser of MurmurHash3 on 32-bit numbers kept in int64."""
+    x = x ^ (x >> 16)
+    x = (x * 0x85EBCA6B) & _UINT32
+    x = x ^ (x >> 13)
+    x = (x * 0xC2B2AE35) & _UINT32
+    return x ^ (x >> 16)
+
+
+def dropout_keep(
+    seed: torch.Tensor, batch: int, heads: int, queries: int, slots: int, p: float
+) -> torch.Tensor:
+    """Return which softmax weights dropout keeps; the arithmetic of csrc/window.h.
+
+    Args:
+        seed: one number, int64.
+        batch, heads, queries: sizes; queries in raster order.
+        slots: of [tokens; coarse window; local window], windows with all their slots.
+        p: the probability that a weight is dropped.
+
+    Returns:
+        bool [batch, heads, queries, slots], on the device of `seed`.
+    """
+    device, number = seed.device, seed.reshape(())
+    head = torch.arange(batch * heads, device=device)
+    x = _mix(((number & _UINT32) + 0x9E3779B9) & _UINT32)
+    x = _mix(x ^ ((number >> 32) & _UINT32))
+    stream = _mix(_mix(x ^ (head & _UINT32)) ^ (head >> 32) ^ 0x5BD1E995)
+    query = (torch.arange(queries, device=device) * 0x9E3779B1) & _UINT32
+    slot = (torch.arange(slots, device=device) * 0x85EBCA77) & _UINT32
+    bits = _mix(_mix(stream[:, None] ^ query)[:, :, None] ^ slot)
+    threshold = min(int(p * 2**32), _UINT32)
+    return (bits >= threshold).unflatten(0, (batch, heads))
+
+
 def local_attention_2d_reference(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
     kernel_size: Kernel,
     *,
     is_causal: bool = False,
     scale: float | None = None,
-    cross_key: torch.Tensor | None = None,
-    cross_value: torch.Tensor | None = None,
-    cross_kernel_size: Kernel | None = None,
     additional_keys: torch.Tensor | None = None,
     additional_values: torch.Tensor | None = None,
     additional_bias: torch.Tensor | None = None,
-) -> torch.Tensor:
+    cross_key: torch.Tensor | None = None,
+    cross_value: torch.Tensor | None = None,
+    cross_kernel_size: Kernel | None = None,
+    cross_bias: float | torch.Tensor = 0.0,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend to the window, optionally also to a coarser grid's window and to global tokens, in one softmax.
 
     Args:
-        query: [B, N, Y, X, K].
-        key, value: the local grid, [B', N, Y', X', K] (usually the grid of the queries).
+        query: [B, Y, X, H, D].
+        key, value: the local grid, [B, Y, X, H, D]; None: there is none.
         kernel_size: rows and columns of the local window.
         is_causal: cut the local window at its centre.
-        scale: factor of the queries; 1 / sqrt(K) by default.
-        cross_key, cross_value: a coarser grid, [B', N, Y'', X'', K], its window centred under the query.
+        scale: factor of the scores before the biases; 1 / sqrt(D) by default.
+        additional_keys, additional_values: global tokens that every query may see, [B, T, H, D].
+        additional_bias: added to the scores of the global tokens, [B, T]; -inf hides one.
+        cross_key, cross_value: a coarser grid, [B, Y', X', H, D], its window centred under the query.
         cross_kernel_size: rows and columns of the window on the coarser grid.
-        additional_keys, additional_values: global tokens that every query may see, [B, N, T, K].
-        additional_bias: added to the scores of the global tokens, [B, T]; -10000 hides one.
+        cross_bias: added to the scores of the coarser grid.
+        dropout_p: probability that a softmax weight is dropped; the others grow by 1 / (1 - p).
+        seed: one number, int64; decides which ones, see `dropout_keep`.
 
     Returns:
-        [B, N, Y, X, K]. The softmax runs over [additional; cross; local] in float32 or wider.
+        out [B, Y, X, H, D] in the dtype of `query`, and the log-sum-exp of the scores [B, Y, X, H] in float32
+        (float64 for float64). Everything in between is in that wider dtype.
     """
-    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = []
-    if additional_keys is not None:
-        score = torch.einsum("bnyxk,bntk->bnyxt", query, additional_keys)
-        scores.append(score if additional_bias is None else score + additional_bias[:, None, None, None])
-    if cross_key is not None:
-        assert cross_kernel_size is not None
-        scores.append(similar(query, cross_key, cross_kernel_size))
-    scores.append(similar(query, key, kernel_size, is_causal=is_causal))
     wide = torch.promote_types(query.dtype, torch.float32)
-    joint = torch.cat(scores, dim=-1).softmax(-1, dtype=wide).to(value.dtype)
-    parts = list(joint.split([score.shape[-1] for score in scores], dim=-1))
-    out = weighting(parts.pop(), value, kernel_size, is_causal=is_causal)
-    if cross_value is not None:
-        assert cross_kernel_size is not None
-        out = out + weighting(parts.pop(), cross_value, cross_kernel_size)
-    if additional_values is not None:
-        out = out + torch.einsum("bnyxt,bntk->bnyxk", parts.pop(), additional_values)
-    return out
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    q_BHYXD = query.to(wide).permute(0, 3, 1, 2, 4) * scale
+    scores = []
+    values = []
+    if additional_keys is not None and additional_values is not None:
+        score = torch.einsum("bhyxd,bthd->bhyxt", q_BHYXD, additional_keys.to(wide))
+        if additional_bias is not None:
+            score = score + additional_bias.to(wide)[:, None, None, None]
+        scores.append(score)
+    windows = (
+        (cross_key, cross_value, cross_kernel_size, cross_bias, False),
+        (key, value, kernel_size, 0.0, is_causal),
+    )
+    for keys, grid_values, kernel, bias, causal in windows:
+        if keys is None or grid_values is None or kernel is None:
+            continue
+        k_BHYXD = keys.to(wide).permute(0, 3, 1, 2, 4)
+        score = similar(q_BHYXD, k_BHYXD, kernel, is_causal=causal, outside=-torch.inf)
+        scores.append(score + torch.as_tensor(bias, dtype=wide, device=query.device))
+        values.append((grid_values.to(wide).permute(0, 3, 1, 2, 4), kernel, causal))
+    joint = torch.cat(scores, dim=-1)
+    lse = joint.logsumexp(-1)
+    weights = joint.softmax(-1)
+    parts = list(weights.split([score.shape[-1] for score in scores], dim=-1))
+    if dropout_p:
+        assert seed is not None
+        parts = _dropped(parts, [kernel for _, kernel, _ in values], dropout_p, seed)
+    out = torch.zeros_like(q_BHYXD)
+    if additional_values is not None and additional_keys is not None:
+        out = torch.einsum("bhyxt,bthd->bhyxd", parts.pop(0), additional_values.to(wide))
+    for part, (grid_value, kernel, causal) in zip(parts, values, strict=True):
+        out = out + weighting(part, grid_value, kernel, is_causal=causal)
+    return out.permute(0, 2, 3, 1, 4).to(query.dtype), lse.permute(0, 2, 3, 1)
 
 
-def _dense_mask(grid: Kernel, key_grid: Kernel, kernel_size: Kernel, is_causal: bool) -> torch.Tensor:
+def _dropped(
+    parts: list[torch.Tensor], kernels: list[Kernel], p: float, seed: torch.Tensor
+) -> list[torch.Tensor]:
+    """Drop weights of [tokens, if any; windows]; a causal window has fewer weights than slots."""
+    batch, heads, rows, columns, _ = parts[0].shape
+    tokens = [part.shape[-1] for part in parts[: len(parts) - len(kernels)]]
+    slots = tokens + [kernel[0] * kernel[1] for kernel in kernels]
+    keep = dropout_keep(seed, batch, heads, rows * columns, sum(slots), p).unflatten(2, (rows, columns))
+    return [
+        part * mask[..., : part.shape[-1]] / (1 - p)
+        for part, mask in zip(parts, keep.split(slots, dim=-1), strict=True)
+    ]
+
+
+def dense_mask(grid: Kernel, key_grid: Kernel, kernel_size: Kernel, is_causal: bool = False) -> torch.Tensor:
+    """Return who sees whom, bool [rows * columns of `grid`, rows * columns of `key_grid`], on the CPU."""
     cpu = torch.device("cpu")
     mask = torch.zeros(grid[0] * grid[1], key_grid[0] * key_grid[1], dtype=torch.bool, device=cpu)
     for flat, inside in _shifts(grid, key_grid, kernel_size, is_causal, cpu):
         queries = inside.flatten().nonzero().squeeze(1)
         mask[queries, flat.flatten()[queries]] = True
     return mask
-
-
-def local_mask(grid: int, kernel_size: Kernel, is_causal: bool = False) -> torch.Tensor:
-    """Return who sees whom inside a square grid, bool [grid^2, grid^2], True = visible, on the CPU."""
-    return _dense_mask((grid, grid), (grid, grid), kernel_size, is_causal)
-
-
-def cross_mask(grid: int, ratio: int, kernel_size: Kernel) -> torch.Tensor:
-    """Return who sees whom from a square grid to one `ratio` times coarser, bool [grid^2, (grid/ratio)^2]."""
-    if grid % ratio:
-        raise ValueError(f"the fine grid must be a multiple of the ratio, got {grid} and {ratio}")
-    return _dense_mask((grid, grid), (grid // ratio, grid // ratio), kernel_size, False)

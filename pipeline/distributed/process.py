@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from cogview2.ops.registry import register
 from cogview2.pipeline.errors import LaunchError
 
 T = TypeVar("T")
@@ -63,6 +64,7 @@ def process_group(world: World) -> Iterator[World]:
     import deepspeed
     import deepspeed.ops
 
+    register()
     # Its JIT build takes a minute at the first start, and a killed build leaves a lock on which all later jobs hang.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")

@@ -1,5 +1,7 @@
 """The hand-written package list, the wheel, and the guards against a second import name."""
 
+import os
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -47,22 +49,88 @@ def test_a_second_import_name_is_refused(folder: str) -> None:
     )
 
 
+def checkout(folder: Path) -> Path:
+    """Copy what a build needs into `folder`."""
+    folder.mkdir()
+    for name in (*FOLDERS, "pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        subprocess.run(["cp", "-r", str(ROOT / name), str(folder)], check=True)
+    return folder
+
+
+def build_wheel(source: Path, out: Path, **variables: str) -> Path:
+    """Build the checkout's wheel with only the given build variables set; return its path."""
+    argv = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        "--no-build-isolation",
+    ]
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("DS_BUILD_") and name != "TORCH_CUDA_ARCH_LIST"
+    }
+    subprocess.run(
+        [*argv, "--wheel-dir", str(out), str(source)], env={**environment, **variables}, check=True
+    )
+    (wheel,) = out.glob("cogview2-*.whl")
+    return wheel
+
+
 @pytest.mark.slow
-def test_a_wheel_holds_every_module_recipe_and_json(tmp_path: Path) -> None:
-    argv = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    copy = tmp_path / "checkout"
-    copy.mkdir()
-    for name in (*FOLDERS, "pyproject.toml", "README.md", "LICENSE"):
-        subprocess.run(["cp", "-r", str(ROOT / name), str(copy)], check=True)
-    subprocess.run([*argv, "--wheel-dir", str(tmp_path), str(copy)], check=True)
-    (wheel,) = tmp_path.glob("cogview2-*.whl")
+def test_a_wheel_holds_every_module_recipe_json_and_source(tmp_path: Path) -> None:
+    wheel = build_wheel(checkout(tmp_path / "checkout"), tmp_path)
+    assert wheel.name.endswith("-py3-none-any.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = [
         path.relative_to(ROOT)
         for folder in FOLDERS
-        for pattern in ("*.py", "*.yaml", "*.json")
+        for pattern in ("*.py", "*.yaml", "*.json", "*.h", "*.cpp", "*.cu", "*.cuh")
         for path in (ROOT / folder).rglob(pattern)
     ]
     assert expected
     assert {f"cogview2/{path.as_posix()}" for path in expected} <= names
-    assert not [name for name in names if name.startswith("tests")]
+    assert not [name for name in names if name.startswith("tests") or name.endswith(".so")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_an_ahead_of_time_build_needs_no_compiler_later(tmp_path: Path) -> None:
+    source = checkout(tmp_path / "checkout")
+    wheel = build_wheel(source, tmp_path / "built", DS_BUILD_LOCAL_ATTENTION="1")
+    assert "-py3-none-linux" in wheel.name
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    folder = tmp_path / "site" / "cogview2" / "ops" / "local_attention"
+    for ending in ("so", "json"):
+        assert (folder / f"local_attention_cpu.{ending}").is_file()
+    code = (
+        "from cogview2.ops.local_attention import build; print(build.__file__)\n"
+        "assert build.missing('cpu') is None, build.missing('cpu')\n"
+        "print(build.state('cpu')); build.load('cpu')"
+    )
+    environment = {**os.environ, "PATH": "/nowhere", "PYTHONPATH": str(tmp_path / "site")}
+    environment["TORCH_EXTENSIONS_DIR"] = str(tmp_path / "extensions")
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    module, state = result.stdout.splitlines()
+    assert Path(module) == folder / "build.py"
+    assert state == f"installed ahead of time: {folder / 'local_attention_cpu.so'}"
+    assert not (tmp_path / "extensions").exists()
+    # The next ordinary wheel of the same checkout stays pure.
+    pure = build_wheel(source, tmp_path / "pure")
+    assert not [name for name in zipfile.ZipFile(pure).namelist() if name.endswith(".so")]
+
+
+@pytest.mark.slow
+def test_an_ahead_of_time_build_that_was_asked_for_by_name_must_succeed(tmp_path: Path) -> None:
+    source = checkout(tmp_path / "checkout")
+    with pytest.raises(subprocess.CalledProcessError):
+        build_wheel(source, tmp_path / "named", DS_BUILD_LOCAL_ATTENTION="1", CXX="/no/such/c++")
+    build_wheel(source, tmp_path / "all", DS_BUILD_OPS="1", CXX="/no/such/c++")
+    build_wheel(source, tmp_path / "none", DS_BUILD_OPS="1", DS_BUILD_LOCAL_ATTENTION="0", CXX="/no/such/c++")

@@ -3,9 +3,11 @@
 import torch
 from torch import nn
 
+from cogview2.ops.local_attention import local_attention_2d
 from cogview2.pipeline.config.model import CogLMConfig, DirectSRConfig
-from cogview2.pipeline.models.sr.layout import direct_window_mask, new_position_rows
+from cogview2.pipeline.models.sr.layout import new_position_rows
 from cogview2.pipeline.models.sr.positions import ExtraPositions
+from cogview2.pipeline.models.sr.windows import grid_of_heads, merge_grid
 from cogview2.pipeline.models.transformer.attention import (
     SelfAttention,
     attend,
@@ -105,24 +107,15 @@ class DirectSR(nn.Module):
             dim=1,
         )
         hidden_BSD = self.transformer.embed(tokens_BS, positions_BSD)
-        window = direct_window_mask(
-            self.base_grid, self.ratio, self.config.local_kernel, self.config.cross_kernel, tokens_BS.device
-        )
-        bias0 = score_bias(level0_mask_B1LL, hidden_BSD.dtype)
-        bias1 = score_bias(window[None, None], hidden_BSD.dtype)
+        bias = score_bias(level0_mask_B1LL, hidden_BSD.dtype)
 
         def attend_both(layer: int, attention: SelfAttention, x_BSD: torch.Tensor) -> torch.Tensor:
-            return self._attend(layer, attention, x_BSD, bias0, bias1)
+            return self._attend(layer, attention, x_BSD, bias)
 
         return self.transformer(hidden_BSD, attend_both)
 
     def _attend(
-        self,
-        layer: int,
-        attention: SelfAttention,
-        x_BSD: torch.Tensor,
-        bias0: torch.Tensor,
-        bias1: torch.Tensor,
+        self, layer: int, attention: SelfAttention, x_BSD: torch.Tensor, bias: torch.Tensor
     ) -> torch.Tensor:
         """Level 0 with CogLM's attention set, level 1 with the second one over [base cells; its own cells].
 
@@ -131,12 +124,19 @@ class DirectSR(nn.Module):
         plus, dropout = self.mixins.attention_plus, attention.active_dropout
         q0, k0, v0 = attention.project(x_BSD[:, : self.level0])
         q1, k1, v1 = split_heads(plus.query_key_value[layer](x_BSD[:, self.level0 :]), attention.heads)
-        base_cells = slice(self.config.text_length, None)
-        k = torch.cat([k0[:, :, base_cells], k1], dim=2)
-        v = torch.cat([v0[:, :, base_cells], v1], dim=2)
-        out0 = attention.dense(merge_heads(attend(q0, k0, v0, bias0, dropout)))
-        out1 = plus.dense[layer](merge_heads(attend(q1, k, v, bias1, dropout)))
-        return torch.cat([out0, out1], dim=1)
+        fine, base_cells = self.base_grid * self.ratio, slice(self.config.text_length, None)
+        cells = local_attention_2d(
+            grid_of_heads(q1, fine),
+            grid_of_heads(k1, fine),
+            grid_of_heads(v1, fine),
+            self.config.local_kernel,
+            cross_key=grid_of_heads(k0[:, :, base_cells], self.base_grid),
+            cross_value=grid_of_heads(v0[:, :, base_cells], self.base_grid),
+            cross_kernel_size=self.config.cross_kernel,
+            dropout_p=dropout,
+        )
+        out0 = attention.dense(merge_heads(attend(q0, k0, v0, bias, dropout)))
+        return torch.cat([out0, plus.dense[layer](merge_grid(cells))], dim=1)
 
     def logits(self, hidden_XD: torch.Tensor, rows: int | None = None) -> torch.Tensor:
         """Return float32 logits [..., rows] over the first `rows` ids (all by default)."""

@@ -1,12 +1,15 @@
 """Iterative super-resolution: masked cells are predicted from their neighbourhood and the text (spec 5)."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from cogview2.ops.local_attention import local_attention_2d
 from cogview2.pipeline.config.model import CogLMConfig, IterativeSRConfig
-from cogview2.pipeline.models.sr.layout import iterative_window_mask, new_position_rows
+from cogview2.pipeline.models.sr.layout import new_position_rows
 from cogview2.pipeline.models.sr.positions import ExtraPositions
-from cogview2.pipeline.models.transformer.attention import SelfAttention, score_bias
+from cogview2.pipeline.models.sr.windows import grid_of_heads, merge_grid
+from cogview2.pipeline.models.transformer.attention import SelfAttention, attend, merge_heads, score_bias
 from cogview2.pipeline.models.transformer.embeddings import tied_logits
 from cogview2.pipeline.models.transformer.trunk import Transformer
 
@@ -94,20 +97,36 @@ class IterativeSR(nn.Module):
             dim=1,
         )
         hidden_BSD = self.transformer.embed(tokens_BS, positions_BSD)
-        window = iterative_window_mask(self.grid, self.config.local_kernel, text_length, tokens_BS.device)
-        visible = torch.cat(
-            [
-                text_mask_BL[:, None, :].expand(-1, self.length, -1),
-                window[None].expand(tokens_BS.shape[0], -1, -1),
-            ],
-            dim=2,
+        # float32: the kernels add it before rounding, and float16 has no number that hides for certain.
+        token_bias = score_bias(text_mask_BL, torch.float32)
+        bias = score_bias(text_mask_BL[:, None, None, :], hidden_BSD.dtype)
+
+        def attend_both(layer: int, attention: SelfAttention, x_BSD: torch.Tensor) -> torch.Tensor:
+            return self._attend(attention, x_BSD, bias, token_bias)
+
+        return self.transformer(hidden_BSD, attend_both)
+
+    def _attend(
+        self, attention: SelfAttention, x_BSD: torch.Tensor, bias: torch.Tensor, token_bias: torch.Tensor
+    ) -> torch.Tensor:
+        """Text attends to the text, cells to the text and their window, with one attention set."""
+        length, dropout = self.config.text_length, attention.active_dropout
+        q, k, v = attention.project(x_BSD)
+        text_q, text_k, text_v = (part[:, :, :length] for part in (q, k, v))
+        cells_q, cells_k, cells_v = (grid_of_heads(part[:, :, length:], self.grid) for part in (q, k, v))
+        cells = local_attention_2d(
+            cells_q,
+            cells_k,
+            cells_v,
+            self.config.local_kernel,
+            additional_keys=text_k.transpose(1, 2),
+            additional_values=text_v.transpose(1, 2),
+            additional_bias=token_bias,
+            dropout_p=dropout,
         )
-        bias = score_bias(visible[:, None], hidden_BSD.dtype)
-
-        def attend(layer: int, attention: SelfAttention, x_BSD: torch.Tensor) -> torch.Tensor:
-            return attention(x_BSD, bias)
-
-        return self.transformer(hidden_BSD, attend)
+        text = merge_heads(attend(text_q, text_k, text_v, bias, dropout))
+        out = attention.dense(torch.cat([text, merge_grid(cells)], dim=1))
+        return F.dropout(out, attention.dropout, attention.training)
 
     def logits(self, hidden_XD: torch.Tensor, rows: int | None = None) -> torch.Tensor:
         """Return float32 logits [..., rows] over the first `rows` ids (all by default)."""

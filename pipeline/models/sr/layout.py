@@ -7,16 +7,13 @@ New positions start at max_positions of CogLM. A masked cell carries <start_of_i
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Literal
 
 import numpy as np
 import torch
 
-from cogview2.ops.local_attention.reference import cross_mask, local_mask
 from cogview2.pipeline.config.model import CogLMConfig, DirectSRConfig, IterativeSRConfig
 
-Kernel = tuple[int, int]
 Row = tuple[np.ndarray, np.ndarray, np.ndarray]
 """tokens int64 [S], position ids int64 [S], real text bool [L]."""
 
@@ -64,26 +61,6 @@ def new_position_rows(
     else:
         first, cell = image_position + 1, side // ratio
     return (first + base_grid * cell[:, None] + cell[None, :]).flatten()
-
-
-@lru_cache(maxsize=16)
-def direct_window_mask(
-    base_grid: int, ratio: int, local_kernel: Kernel, cross_kernel: Kernel, device: torch.device
-) -> torch.Tensor:
-    """Return what level 1 sees, bool [fine^2, base^2 + fine^2] over the keys [base cells; level 1]."""
-    fine = base_grid * ratio
-    return torch.cat([cross_mask(fine, ratio, cross_kernel), local_mask(fine, local_kernel)], dim=1).to(
-        device
-    )
-
-
-@lru_cache(maxsize=16)
-def iterative_window_mask(
-    grid: int, local_kernel: Kernel, text_length: int, device: torch.device
-) -> torch.Tensor:
-    """Return who sees which cell, bool [text_length + grid^2, grid^2]; text rows see none (spec 5.1)."""
-    text_rows = torch.zeros(text_length, grid * grid, dtype=torch.bool)
-    return torch.cat([text_rows, local_mask(grid, local_kernel)]).to(device)
 
 
 def level0_mask(text_mask_BL: torch.Tensor, base_cells: int) -> torch.Tensor:

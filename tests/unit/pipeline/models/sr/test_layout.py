@@ -6,9 +6,7 @@ import torch
 from cogview2.pipeline.config.model import CogLMConfig, DirectSRConfig, IterativeSRConfig
 from cogview2.pipeline.models.sr.layout import (
     direct_inputs,
-    direct_window_mask,
     iterative_inputs,
-    iterative_window_mask,
     level0_mask,
     lopar_masks,
     new_position_rows,
@@ -86,11 +84,3 @@ def test_inputs_of_a_wrong_shape_are_refused() -> None:
         direct_inputs(
             [[1], [2]], codes, config=DirectSRConfig(), coglm=COGLM, ratio=2, base_grid=2, start_of_image=9
         )
-
-
-def test_window_masks() -> None:
-    direct = direct_window_mask(2, 2, (3, 1), (1, 1), CPU)
-    assert _picture(direct[[0, 7]]) == ["#..." + "#...#...........", ".#.." + "...#...#...#...."]
-    iterative = iterative_window_mask(2, (1, 3), 1, CPU)
-    assert _picture(iterative) == ["....", "##..", "##..", "..##", "..##"]
-    assert int(direct_window_mask(20, 3, (9, 5), (5, 5), CPU).sum(1).max()) == 70

@@ -9,7 +9,7 @@ from cogview2.pipeline.models.coglm.model import CogLM
 from cogview2.pipeline.models.sr.direct import DirectSR
 from cogview2.pipeline.models.sr.iterative import IterativeSR
 from cogview2.pipeline.models.sr.layout import direct_inputs, iterative_inputs
-from cogview2.pipeline.models.transformer.attention import merge_heads, split_heads
+from cogview2.pipeline.models.transformer.attention import split_heads
 
 BASE = CogLMConfig(layers=1, hidden=64, heads=4, max_positions=128, text_length=24, image_position=24)
 ROWS, SOI, GRID, RATIO = 60, 59, 8, 2
@@ -43,7 +43,7 @@ def _direct_batch(model: DirectSR) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 
 def _heads_to_grid(x_BNSK: torch.Tensor, side: int) -> torch.Tensor:
-    return x_BNSK.unflatten(2, (side, side))
+    return x_BNSK.transpose(1, 2).unflatten(1, (side, side))
 
 
 def test_published_parameter_counts() -> None:
@@ -69,10 +69,10 @@ def test_direct_attention_equals_the_reference() -> None:
         _, k0, v0 = (_heads_to_grid(t[:, :, base], GRID) for t in layer.project(seen["x"][:, : model.level0]))
         qkv1 = split_heads(plus.query_key_value[0](seen["x"][:, model.level0 :]), 4)
         q1, k1, v1 = (_heads_to_grid(t, FINE) for t in qkv1)
-        out = local_attention_2d_reference(
+        out, _ = local_attention_2d_reference(
             q1, k1, v1, (9, 5), cross_key=k0, cross_value=v0, cross_kernel_size=(5, 5)
         )
-        expected = plus.dense[0](merge_heads(out.flatten(2, 3)))
+        expected = plus.dense[0](out.flatten(3).flatten(1, 2))
     torch.testing.assert_close(seen["a"][:, model.level0 :], expected, atol=1e-4, rtol=1e-4)
 
 
@@ -88,14 +88,14 @@ def test_iterative_attention_equals_the_reference() -> None:
         model(*inputs)
         q, k, v = block.attention.project(seen["x"])
         cells = [_heads_to_grid(t[:, :, 4:], FINE) for t in (q, k, v)]
-        out = local_attention_2d_reference(
+        out, _ = local_attention_2d_reference(
             *cells,
             (9, 5),
-            additional_keys=k[:, :, :4],
-            additional_values=v[:, :, :4],
+            additional_keys=k[:, :, :4].transpose(1, 2),
+            additional_values=v[:, :, :4].transpose(1, 2),
             additional_bias=torch.where(inputs[2], 0.0, -1e4),
         )
-        expected = block.attention.dense(merge_heads(out.flatten(2, 3)))
+        expected = block.attention.dense(out.flatten(3).flatten(1, 2))
     torch.testing.assert_close(seen["a"][:, 4:], expected, atol=1e-4, rtol=1e-4)
 
 
