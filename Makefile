@@ -1,4 +1,4 @@
-# make quickstart | test | test-slow | checks | types | clean
+# make quickstart | test | test-slow | test-gpu | bench | bench-gpu | checks | types | clean
 PYTHON   ?= python3
 VENV     := .venv
 BIN      := $(VENV)/bin
@@ -10,8 +10,13 @@ FIXTURES_OPTION := $(if $(wildcard $(FIXTURES)/golden),--fixtures $(FIXTURES))
 PYTEST   := OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest $(FIXTURES_OPTION)
 SOURCES  := pipeline stages ops launch ds_configs
 LINKS    := $(SOURCES:%=build/importroot/cogview2/%)
+BENCH    := benchmarks/local_attention
+# On a GPU machine nothing is installed: the Python that is named, else that of .venv where there is one, takes the
+# package from the checkout. It needs torch, numpy and, for the tests, pytest.
+GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
+GPU_RUN    := PYTHONPATH=$(CURDIR)/build/importroot $(GPU_PYTHON)
 
-.PHONY: quickstart test test-slow test-gpu checks types install clean
+.PHONY: quickstart test test-slow test-gpu bench bench-gpu checks types install clean
 
 quickstart: $(STAMP)
 	$(BIN)/cogview2 run quickstart
@@ -22,14 +27,21 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(PYTEST) -m "slow and not gpu" tests
 
-test-gpu: $(STAMP)
-	$(PYTEST) -m gpu tests
+# Only conftest.py of tests/gpu is read: the others import what a GPU machine need not have.
+test-gpu: $(LINKS)
+	$(GPU_RUN) -m pytest -p no:cacheprovider --confcutdir tests/gpu -m gpu tests/gpu
+
+bench: $(STAMP)
+	$(BIN)/python $(BENCH)/bench_cpu.py --results benchmarks/RESULTS.md --json build/bench_cpu.json
+
+bench-gpu: $(LINKS)
+	$(GPU_RUN) $(BENCH)/bench_gpu.py --results benchmarks/RESULTS.md --json build/bench_gpu.json
 
 checks: $(STAMP) types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
-	$(BIN)/codespell -L debgu,paht,caf $(SOURCES) tests docs README.md CONTRIBUTING.md CHANGELOG.md
+	$(BIN)/codespell -L debgu,paht,caf $(SOURCES) benchmarks tests docs README.md CONTRIBUTING.md CHANGELOG.md
 
 types: $(STAMP) $(LINKS)
 	$(BIN)/mypy -p cogview2

@@ -1,9 +1,12 @@
 """The compiled kernels without autograd around them: which one serves a call, and calls with a chosen dropout seed."""
 
+from typing import Literal
+
 import torch
+from attention_contract import Target
 from dense_attention import Call
 
-from cogview2.ops.local_attention import build
+from cogview2.ops.local_attention import build, local_attention_2d
 from cogview2.ops.local_attention.problem import Inputs, Library, Settings
 
 
@@ -43,3 +46,12 @@ def served_by(call: Call) -> tuple[str, str]:
         kernels.kernel(inputs(call), settings(call), backward=value) for value in (False, True)
     )
     return forward, backward
+
+
+def target_on(device: Literal["cpu", "cuda"]) -> Target:
+    """Return the kernels of a device as what `attention_contract` tries."""
+
+    def run(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+        return local_attention_2d(**call.keywords(), return_lse=True, backend=device)
+
+    return Target(device, run, served_by)

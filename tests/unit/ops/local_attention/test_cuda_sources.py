@@ -10,7 +10,9 @@ import pytest
 from cogview2.ops.local_attention.toolchain import CSRC, find_nvcc
 
 NVCC = find_nvcc()
-pytestmark = pytest.mark.skipif(NVCC is None, reason="needs nvcc (in PATH or CUDA_HOME) to compile CUDA sources")
+pytestmark = pytest.mark.skipif(
+    NVCC is None, reason="needs nvcc (in PATH or CUDA_HOME) to compile CUDA sources"
+)
 
 ARCHITECTURES = ["80", "90a"]
 

@@ -9,8 +9,6 @@ import math
 import mmap
 import shutil
 import subprocess
-import textwrap
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +16,14 @@ import pytest
 import torch
 
 from cogview2.ops.local_attention import build
-from cogview2.ops.local_attention.problem import Inputs, Library, Settings, wide_dtype, window_extent
+from cogview2.ops.local_attention.problem import (
+    Inputs,
+    KernelError,
+    Library,
+    Settings,
+    wide_dtype,
+    window_extent,
+)
 from cogview2.ops.local_attention.toolchain import CSRC
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
@@ -240,9 +245,7 @@ TENSOR_CORE = {
         (9, 18), (3, 5), ratio=(3, 2), channels=128, dropout=0.2, dtype=torch.float16
     ),
     "infinite bias": Case((17, 30), (9, 5), tokens=20, hidden=-math.inf, causal=True),
-    "all parts, dropout": Case(
-        (12, 12), (5, 5), ratio=(1, 1), tokens=100, hidden=-1e4, heads=2, dropout=0.2
-    ),
+    "all parts, dropout": Case((12, 12), (5, 5), ratio=(1, 1), tokens=100, hidden=-1e4, heads=2, dropout=0.2),
     "odd ratios": Case((30, 30), (5, 7), ratio=(5, 6), cross_kernel=(3, 5), channels=32),
     "coarse alone": Case(
         (6, 30), None, ratio=(2, 5), cross_kernel=(3, 4), channels=32, scale=-0.2, dtype=torch.float16
@@ -343,9 +346,17 @@ def test_a_hidden_key_weighs_nothing_whatever_it_holds(emulated: Emulated) -> No
 
 
 def test_empty_batch(emulated: Emulated) -> None:
-    inputs, settings = draw(Case((8, 8), batch=0))
-    out, lse = emulated.library.forward(inputs, settings)
-    assert out.shape == (0, 8, 8, 1, 64) and lse.shape == (0, 8, 8, 1)
+    inputs, settings = draw(Case((8, 8), batch=0, ratio=(2, 2), tokens=3, hidden=0.0))
+    found = run(emulated.library, inputs, settings)
+    assert found["out"].shape == (0, 8, 8, 1, 64) and found["lse"].shape == (0, 8, 8, 1)
+    assert found["grad token_key"].shape == (0, 3, 1, 64)
+    assert found["grad cross_bias"] == 0
+
+
+def test_too_many_channels(emulated: Emulated) -> None:
+    inputs, settings = draw(Case((2, 2), channels=257))
+    with pytest.raises(KernelError, match="1 to 256 channels per head"):
+        emulated.library.forward(inputs, settings)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -368,35 +379,37 @@ def test_offsets_beyond_32_bits(emulated: Emulated, dtype: torch.dtype) -> None:
 
 PROGRAM = """
 #include <cstdio>
+#include <cstdlib>
 #include "cuda/launch.cuh"
-#include "tile.h"
 using namespace local_attention;
-void kernel(int mode, const char* source, float* seen) {{
+void kernel(int mistake, const char* source, float* seen) {
   float* shared = reinterpret_cast<float*>(shared_memory());
   const int lane = lane_index();
-  {body}
-}}
-int main() {{
-  alignas(16) char source[64] = {{}};
-  float seen[2] = {{-1, -1}};
+  BODIES
+}
+int main(int, char** arguments) {
+  alignas(16) char source[64] = {};
+  float seen[2] = {-1, -1};
   Failure failure;
-  launch(failure, kernel, 1, 64, 1024, nullptr, 0, static_cast<const char*>(source), static_cast<float*>(seen));
-  std::printf("%g %g\\n", seen[0], seen[1]);
-}}
+  const char* from = source;
+  float* to = seen;
+  launch(failure, kernel, 1, 64, 1024, nullptr, std::atoi(arguments[1]), from, to);
+  std::printf("%f %f", std::abs(seen[0]), std::abs(seen[1]));
+}
 """
 
 MISTAKES = {
-    "unset shared memory": ("seen[0] = shared[5];", "nan -1"),
+    "unset shared memory": ("seen[0] = shared[5];", "nan 1.0"),
     "copy not waited for": (
         "copy_async(shared_address(shared), source, true); copy_commit(); seen[0] = shared[0]; copy_wait<0>(); "
         "seen[1] = shared[0];",
-        "nan 0",
+        "nan 0.0",
     ),
     "wrong group waited for": (
         "copy_async(shared_address(shared), source, true); copy_commit(); "
         "copy_async(shared_address(shared + 4), source, true); copy_commit(); copy_wait<1>(); "
         "seen[0] = shared[0]; seen[1] = shared[4];",
-        "0 nan",
+        "0.000000 nan",
     ),
     "lanes part": (
         "if (lane < 7) warp_barrier(); else shuffle(lane, 0);",
@@ -404,7 +417,7 @@ MISTAKES = {
     ),
     "lanes leave": (
         "if (lane == 3) return; warp_barrier();",
-        "threads 2 and 3 of one warp part: one waits at a warp barrier, one at its end",
+        "threads 0 and 3 of one warp part: one waits at a warp barrier, one at its end",
     ),
     "a warp leaves": (
         "if (warp_index() == 0) return; block_barrier();",
@@ -421,29 +434,21 @@ MISTAKES = {
 }
 
 
-def compile_and_run(folder: Path, source: str) -> str:
-    """Return what a program prints, on either stream."""
+def compiled(folder: Path, source: str) -> Path:
+    """Compile a program for the emulator and return where it is."""
     (folder / "program.cpp").write_text(source)
     command = ["g++", "-std=c++17", "-O0", "-DLOCAL_ATTENTION_EMULATED", f"-I{CSRC}"]
     subprocess.run([*command, str(folder / "program.cpp"), "-o", str(folder / "program")], check=True)
-    result = subprocess.run([str(folder / "program")], capture_output=True, text=True, timeout=60)
-    return result.stdout + result.stderr
-
-
-def bodies() -> Iterator[str]:
-    for number, (body, _) in enumerate(MISTAKES.values()):
-        yield f"if (mode == {number}) {{ {body} return; }}"
+    return folder / "program"
 
 
 def test_the_emulator_shows_mistakes(tmp_path: Path) -> None:
-    source = PROGRAM.format(body="\n  ".join(bodies()))
-    source = source.replace("int main() {", "int main(int, char** arguments) {")
-    source = source.replace("nullptr, 0,", "nullptr, std::atoi(arguments[1]),")
-    compile_and_run(tmp_path, source.replace("#include <cstdio>", "#include <cstdio>\n#include <cstdlib>"))
+    bodies = [
+        f"if (mistake == {number}) {{ {body} return; }}" for number, (body, _) in enumerate(MISTAKES.values())
+    ]
+    program = compiled(tmp_path, PROGRAM.replace("BODIES", "\n  ".join(bodies)))
     for number, (name, (_, message)) in enumerate(MISTAKES.items()):
-        result = subprocess.run(
-            [str(tmp_path / "program"), str(number)], capture_output=True, text=True, timeout=60
-        )
+        result = subprocess.run([program, str(number)], capture_output=True, text=True, timeout=60)
         assert message in result.stdout + result.stderr, name
 
 
@@ -451,6 +456,7 @@ def test_tiles(tmp_path: Path) -> None:
     """The arithmetic of tile.h against its definitions, in C++."""
     source = """
     #include <cstdio>
+    #include <initializer_list>
     #include "tile.h"
     using namespace local_attention;
     #define EXPECT(condition) if (!(condition)) { std::printf("line %d: " #condition, __LINE__); return 1; }
@@ -493,4 +499,5 @@ def test_tiles(tmp_path: Path) -> None:
       std::printf("all good");
     }
     """
-    assert compile_and_run(tmp_path, textwrap.dedent(source)) == "all good"
+    result = subprocess.run([compiled(tmp_path, source)], capture_output=True, text=True, timeout=60)
+    assert result.stdout == "all good"
