@@ -54,7 +54,7 @@ build/importroot/cogview2/%:
 install: $(STAMP)
 
 # torch first and by exact version, so that no other distribution picks another build of it.
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(shell grep '^torch==' constraints.txt) -c constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .[dev]

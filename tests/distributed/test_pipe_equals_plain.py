@@ -1,18 +1,11 @@
 """Two gloo ranks: the pipelined CogLM on two pipe stages trains as the plain one under ZeRO-1 does."""
 
-import logging
-import multiprocessing
-import os
-import socket
-import traceback
-from multiprocessing.connection import Connection
-
 import deepspeed
 import deepspeed.comm
-import deepspeed.ops
 import numpy as np
 import pytest
 import torch
+from forked_ranks import run_ranks
 from torch import nn
 
 from cogview2.pipeline.config.model import CogLMConfig
@@ -24,7 +17,7 @@ from cogview2.pipeline.models.coglm.pipe import PipeLoss, build_pipeline_module,
 from cogview2.pipeline.tokenizers.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.distributed
-WORLD, STEPS, MICRO_BATCHES, TIME_LIMIT = 2, 3, 4, 60
+WORLD, STEPS, MICRO_BATCHES = 2, 3, 4
 GRID, TEXT = 4, 8
 VOCABULARY = Vocabulary.uniform(40, 60)
 CONFIG = CogLMConfig(
@@ -125,67 +118,21 @@ def _train_pipe(state: dict[str, torch.Tensor], checkpointed: int) -> dict:
     return {"losses": losses, "norms": norms, "split": torch.tensor(split), "weights": weights}
 
 
-def _rank_main(rank: int, port: int, pipe: Connection) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(WORLD),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    try:
-        torch.set_num_threads(1)
-        # DeepSpeed would compile its shared-memory collectives first.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        deepspeed.utils.logger.setLevel(logging.ERROR)
-        deepspeed.init_distributed("gloo")
-        torch.manual_seed(0)
-        state = CogLM(CONFIG, VOCABULARY.rows).state_dict()
-        results = {"plain": _train_plain(state, rank)}
-        results["pipe"] = _train_pipe(state, 0)
-        results["checkpointed"] = _train_pipe(state, 1)
-        names = [None] * WORLD
-        torch.distributed.all_gather_object(names, sorted(results["pipe"]["weights"]))
-        results["all_names"] = set().union(*map(set, names))
-        deepspeed.comm.barrier()
-        pipe.send({key: _plain(value) for key, value in results.items()})
-    except BaseException:
-        pipe.send(traceback.format_exc())
-    finally:
-        pipe.close()
-        os._exit(0)
-
-
-def _plain(value: object) -> object:
-    """Tensors travel as numpy arrays: no shared memory outlives the ranks."""
-    if isinstance(value, torch.Tensor):
-        return value.numpy()
-    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+def _work(rank: int) -> dict:
+    torch.manual_seed(0)
+    state = CogLM(CONFIG, VOCABULARY.rows).state_dict()
+    results = {"plain": _train_plain(state, rank)}
+    results["pipe"] = _train_pipe(state, 0)
+    results["checkpointed"] = _train_pipe(state, 1)
+    names = [None] * WORLD
+    torch.distributed.all_gather_object(names, sorted(results["pipe"]["weights"]))
+    results["all_names"] = set().union(*map(set, names))
+    return results
 
 
 @pytest.fixture(scope="module")
 def results() -> list[dict]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    pipes, ranks = [], []
-    for rank in range(WORLD):
-        receiver, sender = context.Pipe(duplex=False)
-        process = context.Process(target=_rank_main, args=(rank, port, sender))
-        process.start()
-        sender.close()
-        pipes.append(receiver)
-        ranks.append(process)
-    try:
-        answers = [pipe.recv() if pipe.poll(TIME_LIMIT) else "no answer in time" for pipe in pipes]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.join()
-    failures = [answer for answer in answers if isinstance(answer, str)]
-    assert not failures, "\n".join(failures)
-    return answers
+    return run_ranks(_work, WORLD)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "checkpointed"])
