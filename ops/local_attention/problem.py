@@ -103,14 +103,18 @@ def window_extent(kernel_size: Kernel, is_causal: bool) -> tuple[int, int, int, 
 
 
 def readable(tensor: torch.Tensor) -> torch.Tensor:
-    """Return `tensor`, copied only where kernels cannot read it: channels apart, or not on 16-byte borders."""
-    sizes = tensor.element_size()
-    apart = tensor.shape[-1] > 1 and tensor.stride(-1) != 1
-    strides = [step for size, step in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if size > 1]
-    unaligned = tensor.is_cuda and (
-        tensor.data_ptr() % _ALIGNMENT_BYTES != 0 or any(step * sizes % _ALIGNMENT_BYTES for step in strides)
-    )
-    return tensor.contiguous() if apart or (unaligned and not tensor.is_contiguous()) else tensor
+    """Return `tensor`, copied where kernels could not read it (channels apart) or only slowly (CUDA, unaligned)."""
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        return tensor.contiguous()
+    size = tensor.element_size()
+    if not tensor.is_cuda or tensor.shape[-1] * size % _ALIGNMENT_BYTES != 0:
+        return tensor
+    strides = [step for count, step in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if count > 1]
+    if tensor.data_ptr() % _ALIGNMENT_BYTES == 0 and all(
+        step * size % _ALIGNMENT_BYTES == 0 for step in strides
+    ):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _view(tensor: torch.Tensor | None) -> _View:
