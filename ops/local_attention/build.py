@@ -169,9 +169,12 @@ def _chosen_folder() -> Path | None:
         return None
 
 
-def _private_folder() -> Path:
-    """Return this user's folder among the temporary ones."""
-    return Path(tempfile.gettempdir()) / f"{_FOLDER}-{os.getuid()}"
+def _private_folder() -> Path | None:
+    """Return this user's folder among the temporary ones, if there are any."""
+    try:
+        return Path(tempfile.gettempdir()) / f"{_FOLDER}-{os.getuid()}"
+    except OSError:
+        return None
 
 
 def _is_private(folder: Path) -> bool:
@@ -186,7 +189,8 @@ def _is_private(folder: Path) -> bool:
 def _cache_folders() -> list[Path]:
     """Return where a finished library may lie, best first; a folder need not exist."""
     chosen, private = _chosen_folder(), _private_folder()
-    return [*([chosen] if chosen is not None else []), *([private] if _is_private(private) else [])]
+    folders = [chosen, private if private is not None and _is_private(private) else None]
+    return [folder for folder in folders if folder is not None]
 
 
 def _writable_folder() -> Path:

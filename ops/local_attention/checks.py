@@ -3,8 +3,10 @@
 Dims: B batch, Y X query grid, H heads, D channels, T additional tokens.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -35,11 +37,11 @@ class Call:
 
 def check(
     query: torch.Tensor,
-    local: tuple[torch.Tensor, torch.Tensor],
-    kernel_size: Sequence[int],
+    local: Pair,
+    kernel_size: Any,
     is_causal: bool,
     cross: Pair,
-    cross_kernel_size: Sequence[int] | None,
+    cross_kernel_size: Any,
     tokens: Pair,
     token_bias: torch.Tensor | None,
 ) -> Call:
@@ -51,8 +53,12 @@ def check(
     _check_query(query)
     batch, rows, columns, heads, channels = query.shape
     grid = (None, None, None, heads, channels)
-    kernel = _kernel("kernel_size", kernel_size, is_causal)
+    if local[0] is None or local[1] is None:
+        raise ValueError("key and value must be given; their grid may be coarser than the query's")
     _check_pair(("key", "value"), local, grid, query)
+    if (cross[0] is None) != (cross_kernel_size is None):
+        raise ValueError("cross_key, cross_value and cross_kernel_size belong together: give all or none")
+    kernel = _kernel("kernel_size", kernel_size, is_causal, local[0])
     own: Pair = local
     if local[0].shape[1:3] != query.shape[1:3]:
         if is_causal or cross[0] is not None:
@@ -60,18 +66,18 @@ def check(
                 f"key must have the query's grid {rows}x{columns} in a causal call and beside cross_key, "
                 f"got {local[0].shape[1]}x{local[0].shape[2]}"
             )
-        cross, cross_kernel_size, own = local, kernel, (None, None)
-    if (cross[0] is None) != (cross_kernel_size is None):
-        raise ValueError("cross_key, cross_value and cross_kernel_size belong together: give all or none")
+        cross, cross_kernel_size, own = local, kernel_size, (None, None)
     _check_pair(("cross_key", "cross_value"), cross, grid, query)
+    coarse = (1, 1)
     if cross[0] is not None:
         _check_grid("key" if own[0] is None else "cross_key", cross[0], query)
-    coarse = _kernel("cross_kernel_size", cross_kernel_size or (1, 1), False)
+        coarse = _kernel("cross_kernel_size", cross_kernel_size, False, cross[0])
     _check_pair(("additional_keys", "additional_values"), tokens, (batch, None, heads, channels), query)
     if token_bias is not None:
         if tokens[0] is None:
             raise ValueError("additional_bias needs additional_keys and additional_values")
         _check_tensor("additional_bias", token_bias, (batch, tokens[0].shape[1]), query)
+        _check_floating("additional_bias", token_bias)
     if tokens[0] is not None and tokens[0].shape[1] == 0:
         tokens, token_bias = (None, None), None
     own = (_expanded("key", own[0], batch), _expanded("value", own[1], batch))
@@ -119,15 +125,43 @@ def _check_pair(names: tuple[str, str], pair: Pair, shape: Sequence[int | None],
         )
 
 
-def _kernel(name: str, kernel: Sequence[int], is_causal: bool) -> Kernel:
-    if len(kernel) != 2 or min(kernel) < 1:
+def _check_floating(name: str, bias: torch.Tensor) -> None:
+    if not bias.is_floating_point():
         raise ValueError(
-            f"{name} must be two sizes of at least 1, got {tuple(kernel)}; use for example (9, 5)"
+            f"{name} is added to scores and must be floating point, got {bias.dtype}; write -inf where a key is hidden"
         )
-    rows, columns = kernel
+
+
+def check_cross_bias(bias: float | torch.Tensor) -> None:
+    """Check that `cross_bias` is one number.
+
+    Raises:
+        ValueError: it is several, or no floating-point one.
+    """
+    if not isinstance(bias, torch.Tensor):
+        return
+    if bias.numel() != 1:
+        raise ValueError(f"cross_bias must be one number, got a tensor of {list(bias.shape)}")
+    _check_floating("cross_bias", bias)
+
+
+def _kernel(name: str, kernel: Any, is_causal: bool, keys: torch.Tensor) -> Kernel:
+    """Return the window; what reaches past the grid for every query is cut off, for it holds no key."""
+    try:
+        rows, columns = (operator.index(size) for size in kernel)
+    except (TypeError, ValueError):
+        rows = columns = 0
+    if min(rows, columns) < 1:
+        raise ValueError(
+            f"{name} must be two whole numbers of at least 1, got {kernel!r}; use for example (9, 5)"
+        )
     if is_causal and (rows % 2 == 0 or columns % 2 == 0):
-        raise ValueError(f"a causal {name} needs odd sizes, got {tuple(kernel)}; use for example (9, 5)")
-    return rows, columns
+        raise ValueError(f"a causal {name} needs odd sizes, got {(rows, columns)}; use for example (9, 5)")
+    return _cut(rows, keys.shape[1]), _cut(columns, keys.shape[2])
+
+
+def _cut(size: int, cells: int) -> int:
+    return max(1, min(size, 2 * cells - size % 2))
 
 
 def _check_grid(name: str, grid: torch.Tensor, query: torch.Tensor) -> None:

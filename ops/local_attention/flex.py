@@ -187,11 +187,12 @@ def _key_bias(
     return torch.cat(parts, dim=1)
 
 
-def missing_for_flex(query: torch.Tensor, dropout_p: float = 0.0) -> str | None:
-    """Say in one sentence why FlexAttention cannot serve a query, or None."""
+def missing_for_flex(query: torch.Tensor, dropout_p: float = 0.0, *others: torch.Tensor | None) -> str | None:
+    """Say in one sentence why FlexAttention cannot serve a query beside `others`, or None."""
     if dropout_p:
         return f"FlexAttention has no dropout, got dropout_p={dropout_p}; use the backend 'cuda' or 'cpu'"
-    if not query.is_cuda and query.requires_grad and torch.is_grad_enabled():
+    needs_grad = any(tensor is not None and tensor.requires_grad for tensor in (query, *others))
+    if not query.is_cuda and needs_grad and torch.is_grad_enabled():
         return "FlexAttention has no backward pass on the CPU; use the backend 'cpu' or 'reference'"
     if query.is_cuda and query.dtype == torch.float64:
         return "FlexAttention has no float64 kernel for CUDA; use the backend 'cuda' or 'reference'"
@@ -247,7 +248,8 @@ def local_attention_2d_flex(
     Raises:
         ValueError: `missing_for_flex` has a reason.
     """
-    reason = missing_for_flex(query, dropout_p)
+    given = (key, value, additional_keys, additional_values, additional_bias, cross_key, cross_value)
+    reason = missing_for_flex(query, dropout_p, *given)
     if reason is not None:
         raise ValueError(reason)
     batch, rows, columns, heads, channels = query.shape

@@ -6,13 +6,15 @@ Dims: B batch, Y X query grid, H heads, D channels, T additional tokens.
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, Literal, overload
 
 import torch
+from torch.autograd import forward_ad
 
 from cogview2.ops.local_attention import build
-from cogview2.ops.local_attention.checks import Call, check
+from cogview2.ops.local_attention.checks import Call, check, check_cross_bias
 from cogview2.ops.local_attention.flex import local_attention_2d_flex, missing_for_flex
 from cogview2.ops.local_attention.problem import KernelError, wide_dtype
 from cogview2.ops.local_attention.reference import local_attention_2d_reference
@@ -51,9 +53,15 @@ def _loading_failure(name: build.Name) -> str | None:
     return None
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+    """Warn, once for each message and process; also while code is traced."""
+    _warn(message)
+
+
+@cache
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=5)
 
 
 def _choose(query: torch.Tensor, dropout_p: float) -> Backend:
@@ -204,6 +212,7 @@ def local_attention_2d(
         cross_key, cross_value, additional_keys, additional_values = cast[3:]
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p must be at least 0 and below 1, got {dropout_p}")
+    check_cross_bias(cross_bias)
     call = check(
         query,
         (key, value),
@@ -216,14 +225,27 @@ def local_attention_2d(
     )
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     chosen = _checked_backend(backend, query, dropout_p)
+    if chosen != "reference":
+        _refuse_forward_mode(call, cross_bias)
     seed = torch.randint(2**62, (1,), dtype=torch.int64, device=query.device) if dropout_p else None
     if chosen in ("cpu", "cuda"):
         out, lse = _by_kernels(call, scale, cross_bias, dropout_p, seed)
     else:
         # These are made of many operators, none of which may round as autocast would.
-        with torch.autocast(query.device.type, enabled=False):
+        with nullcontext() if dtype is None else torch.autocast(query.device.type, enabled=False):
             out, lse = _by_torch(chosen, call, scale, cross_bias, dropout_p, seed)
     return (out, lse) if return_lse else out
+
+
+def _refuse_forward_mode(call: Call, cross_bias: float | torch.Tensor) -> None:
+    """A custom operator without a forward-mode rule would pretend that these derivatives are 0."""
+    if torch.compiler.is_compiling():
+        return
+    tensors = (call.query, *call.local, *call.cross, *call.tokens, call.token_bias, cross_bias)
+    if any(isinstance(t, torch.Tensor) and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "only the backend 'reference' of local attention has forward-mode derivatives; name it"
+        )
 
 
 def _by_kernels(
@@ -232,7 +254,7 @@ def _by_kernels(
     wide, device = wide_dtype(call.query.dtype), call.query.device
     bias = None
     if call.cross[0] is not None and (isinstance(cross_bias, torch.Tensor) or cross_bias != 0):
-        bias = torch.as_tensor(cross_bias, dtype=wide, device=device)
+        bias = torch.as_tensor(cross_bias, dtype=wide, device=device).reshape(())
     return local_attention_2d_op(
         call.query,
         *call.local,
@@ -267,7 +289,7 @@ def _by_torch(
         "cross_key": call.cross[0],
         "cross_value": call.cross[1],
         "cross_kernel_size": call.cross_kernel_size,
-        "cross_bias": cross_bias,
+        "cross_bias": cross_bias.reshape(()) if isinstance(cross_bias, torch.Tensor) else cross_bias,
         "dropout_p": dropout_p,
     }
     if backend == "flex":
@@ -294,8 +316,9 @@ def merge_attentions(
     if not outs or len(outs) != len(lses):
         raise ValueError(f"merge_attentions needs one lse for each out, got {len(outs)} and {len(lses)}")
     lse = torch.stack(list(lses)).logsumexp(0)
-    total = sum(
-        (torch.exp(part - lse)[..., None] * out.to(lse.dtype) for out, part in zip(outs, lses, strict=True)),
-        start=torch.zeros((), dtype=lse.dtype, device=lse.device),
-    )
+    total = torch.zeros((), dtype=lse.dtype, device=lse.device)
+    for out, part in zip(outs, lses, strict=True):
+        # A part without keys has weight 0, whatever it holds, and also where no part has any.
+        weight = torch.exp(part - lse).masked_fill(part == -math.inf, 0.0)[..., None]
+        total = total + torch.where(weight == 0, 0.0, weight * out.to(lse.dtype))
     return total.to(outs[0].dtype), lse

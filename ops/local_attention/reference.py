@@ -60,7 +60,9 @@ def _grid(x_BNYXK: torch.Tensor) -> Kernel:
 
 def _expand_batch(keys: torch.Tensor, batch: int) -> torch.Tensor:
     """Repeat the key batch so that query batch i meets key batch i * keys // batch; flatten the key grid."""
-    return keys.repeat_interleave(_ratio(batch, keys.shape[0], "batch"), dim=0).flatten(2, 3)
+    if keys.shape[0] != batch:
+        keys = keys.repeat_interleave(_ratio(batch, keys.shape[0], "batch"), dim=0)
+    return keys.flatten(2, 3)
 
 
 def similar(

@@ -180,7 +180,11 @@ def no_device() -> str | None:
 
 def find_compiler() -> tuple[str, ...] | None:
     """Return the C++ compiler's command: CXX where it is set, else g++."""
-    words = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    chosen = os.environ.get("CXX", "")
+    try:
+        words = shlex.split(chosen) or ["g++"]
+    except ValueError:  # a quote that nothing closes
+        words = [chosen]
     path = shutil.which(words[0])
     return None if path is None else (path, *words[1:])
 
@@ -196,17 +200,27 @@ def find_nvcc() -> tuple[str, ...] | None:
 
 
 def missing_tools(name: Name, csrc: Path = CSRC) -> str | None:
-    """Say in one sentence what a build lacks, or return None; runs nothing."""
+    """Say in one sentence what a build lacks, or return None; runs at most the compiler's --version, once."""
     if not units(name, csrc):
         return f"the sources {csrc / _UNITS[name]} are not installed; install the package again"
-    if find_compiler() is None:
+    compiler = find_compiler()
+    if compiler is None:
         wanted = os.environ.get("CXX") or "g++"
         return f"no C++ compiler was found ({wanted}); install g++, or set CXX to one"
+    if name != "cuda" and openmp_runtime() is not None and _is_clang(compiler):
+        return f"the C++ compiler {compiler[0]} is clang, whose OpenMP runtime is not the one of torch; set CXX to g++"
     if name == "cuda" and find_nvcc() is None:
         return (
             "no nvcc was found in CUDA_HOME or PATH; install the CUDA toolkit, or set CUDA_HOME to its folder"
         )
     return None
+
+
+def _is_clang(compiler: tuple[str, ...]) -> bool:
+    try:
+        return "clang" in version(compiler)
+    except BuildError:  # a broken compiler is said where it is used
+        return False
 
 
 @functools.cache
@@ -281,10 +295,6 @@ def plan(name: Name, csrc: Path = CSRC) -> Plan:
     host = find_compiler()
     assert compiler is not None and host is not None
     facts = machine_facts(name, csrc)
-    if facts["openmp"] is not None and "clang" in version(host):
-        raise BuildError(
-            f"the C++ compiler {host[0]} is clang, whose OpenMP runtime is not the one of torch; set CXX to g++"
-        )
     architectures = cuda_architectures() if name == "cuda" else []
     arguments = flags(name, architectures, csrc)
     facts |= {

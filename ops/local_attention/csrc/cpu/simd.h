@@ -111,8 +111,9 @@ inline Simd<float>::Vector exponential(Simd<float>::Vector x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  I bits = reinterpret_cast<I>(p) + (reinterpret_cast<I>(shifted) << 23);
-  return x < -87.0f ? V{} : reinterpret_cast<V>(bits);
+  // 2^n as a number of its own: added to the exponent of p, it would turn a NaN with payload into something finite.
+  I power = (reinterpret_cast<I>(shifted) << 23) + 0x3f800000;
+  return x < -87.0f ? V{} : p * reinterpret_cast<V>(power);
 }
 
 inline Simd<double>::Vector exponential(Simd<double>::Vector x) {

@@ -241,7 +241,14 @@ def test_a_coarser_key_grid_alone_and_fewer_key_batches() -> None:
         ({"key": torch.zeros(2, 6, 9, 3, 4)}, "key needs the shape"),
         ({"value": torch.zeros(2, 6, 8, 2, 4)}, "key and value must have one shape"),
         ({"value": torch.zeros(2, 6, 9, 2, 4).half()}, "value must have the dtype torch.float32"),
-        ({"kernel_size": (0, 3)}, "kernel_size must be two sizes"),
+        ({"kernel_size": (0, 3)}, "kernel_size must be two whole numbers"),
+        ({"kernel_size": 9}, "kernel_size must be two whole numbers"),
+        ({"kernel_size": (3.0, 3.0)}, "kernel_size must be two whole numbers"),
+        ({"key": None, "value": None}, "key and value must be given"),
+        ({"cross_key": None, "cross_value": None}, "belong together"),
+        ({"cross_bias": torch.zeros(2)}, r"cross_bias must be one number, got a tensor of \[2\]"),
+        ({"cross_bias": torch.ones((), dtype=torch.bool)}, "cross_bias .* floating point"),
+        ({"additional_bias": torch.ones(2, 5).bool()}, "additional_bias .* -inf where a key is hidden"),
         ({"kernel_size": (4, 3), "is_causal": True}, "causal kernel_size needs odd sizes"),
         ({"cross_kernel_size": None}, "belong together"),
         ({"cross_value": None}, "cross_key and cross_value belong together"),
@@ -265,7 +272,7 @@ def test_what_does_not_fit_is_refused_by_name(change: dict[str, Any], message: s
 
 
 def test_a_fallback_is_said_once_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    functional._warn_once.cache_clear()
+    functional._warn.cache_clear()
     monkeypatch.setattr(functional, "_lack", lambda name: f"no compiler for {name}")
     call = _small(WINDOW, torch.float32)
     with pytest.warns(RuntimeWarning, match="slow reference: no compiler for cpu"):
@@ -276,7 +283,64 @@ def test_a_fallback_is_said_once_with_its_reason(monkeypatch: pytest.MonkeyPatch
         local_attention_2d(**call.keywords())
     with pytest.raises(BuildError, match="no compiler for cpu"):
         local_attention_2d(**call.keywords(), backend="cpu")
-    functional._warn_once.cache_clear()
+    functional._warn.cache_clear()
+
+
+def test_a_fallback_can_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    functional._warn.cache_clear()
+    monkeypatch.setattr(functional, "_loading_failure", lambda name: "no compiler")
+    call = _small(WINDOW, torch.float32)
+    torch._dynamo.reset()
+    with pytest.warns(RuntimeWarning, match="no compiler"):
+        out = torch.compile(local_attention_2d, fullgraph=True, backend="aot_eager")(**call.keywords())
+    torch.testing.assert_close(out, dense(call)[0])
+    functional._warn.cache_clear()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_window_beyond_the_grid_costs_no_more_than_the_grid(backend: Any) -> None:
+    call = _small(JOINT, torch.float32).leaves()
+    found = []
+    for sizes in ((11, 17), (2**40 + 1, 2**40 + 1)):
+        keywords = call.keywords() | {"kernel_size": sizes, "cross_kernel_size": sizes}
+        torch.manual_seed(3)
+        out = local_attention_2d(**keywords, dropout_p=0.2, backend=backend)
+        found.append([out, *gradients(call, out, torch.ones_like(out)).values()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    even = [
+        local_attention_2d(call.query, call.key, call.value, (n, n), backend=backend) for n in (18, 2**40)
+    ]
+    torch.testing.assert_close(*even)
+
+
+def test_forward_mode_derivatives_are_refused_instead_of_zero() -> None:
+    call = _small(JOINT)
+
+    def function(backend: Any) -> Any:
+        return lambda key: local_attention_2d(**replace(call, key=key).keywords(), backend=backend)
+
+    with pytest.raises(NotImplementedError, match="'reference'"):
+        torch.func.jvp(function("cpu"), (call.key,), (call.key,))
+    assert torch.func.jvp(function("reference"), (call.key,), (call.key,))[1].abs().max() > 0
+
+
+@pytest.mark.parametrize("bits", [-1, 0x7FC00001, 0x7FC12345, -0x3FFFFF])
+def test_a_nan_with_payload_stays_one(bits: int) -> None:
+    query, key, value = torch.randn(3, 1, 4, 4, 1, 8).unbind()
+    key[0, 1, 1, 0, 3] = torch.tensor([bits], dtype=torch.int32).view(torch.float32)[0]
+    out = local_attention_2d(query, key, value, (3, 3), backend="cpu")
+    assert out.isnan().all(-1).sum() == 9 and out.isnan().any(-1).sum() == 9
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_an_empty_batch(backend: Any) -> None:
+    call = draw(JOINT, torch.float32, "cpu", batch=0)
+    assert local_attention_2d(**call.keywords(), backend=backend).shape == (0, 6, 9, 2, 64)
+
+
+def test_parts_without_keys_merge_to_nothing() -> None:
+    out, lse = merge_attentions([torch.full((2, 3), math.nan)], [torch.full((2,), -math.inf)])
+    assert not out.any() and (lse == -math.inf).all()
 
 
 def test_backends_say_what_they_lack() -> None:
