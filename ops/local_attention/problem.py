@@ -120,7 +120,9 @@ def readable(tensor: torch.Tensor) -> torch.Tensor:
 def _view(tensor: torch.Tensor | None) -> _View:
     if tensor is None:
         return _View()
-    strides: Sequence[int] = tensor.stride()
+    # A step that is never taken is 0: kernels may form addresses one step outside without reading there.
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    strides: Sequence[int] = [step if size > 1 else 0 for size, step in sizes]
     if tensor.dim() == 4:  # tokens are columns of a single row
         strides = (strides[0], 0, strides[1], strides[2])
     return _View(tensor.data_ptr(), strides[0], strides[1], strides[2], strides[3])

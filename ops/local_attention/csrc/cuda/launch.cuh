@@ -56,7 +56,10 @@ void launch(Failure& failure, void (*kernel)(Parameters...), int64_t blocks, int
   }
   cudaError_t error = cudaSuccess;
   if (shared_bytes > 48 << 10) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    // The ceiling belongs to the kernel, not to this launch: always the device's own, so that no other thread can
+    // lower it between here and the launch.
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(device_limits().shared_per_block));
     // Several blocks are to share a multiprocessor. A hint: where it is refused, the error is forgotten.
     if (error == cudaSuccess && cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                                      cudaSharedmemCarveoutMaxShared) != cudaSuccess)
@@ -64,11 +67,12 @@ void launch(Failure& failure, void (*kernel)(Parameters...), int64_t blocks, int
   }
   if (error == cudaSuccess) {
     kernel<<<static_cast<unsigned>(blocks), threads, static_cast<size_t>(shared_bytes), stream>>>(arguments...);
-    error = cudaGetLastError();
+    error = cudaPeekAtLastError();
   }
-  if (error != cudaSuccess)
-    std::snprintf(failure.text, sizeof failure.text, "local attention: a CUDA kernel did not start: %s",
-                  cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch would report it again
+  std::snprintf(failure.text, sizeof failure.text,
+                "local attention: a CUDA kernel did not start, or one before it failed: %s", cudaGetErrorString(error));
 }
 
 #endif

@@ -210,27 +210,29 @@ LOCAL_ATTENTION_DEVICE uint32_t pack<Float16>(float low, float high) {
 LOCAL_ATTENTION_DEVICE void load_matrices(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address));
+               : "r"(address)
+               : "memory");
 }
 LOCAL_ATTENTION_DEVICE void load_matrices_transposed(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address));
+               : "r"(address)
+               : "memory");
 }
 
-// C += A B: A is 16 x 16, B 16 x 8, C 16 x 8.
+// C += A B: A is 16 x 16, B 16 x 8, C 16 x 8. Volatile: the whole warp must take part, so no branch may swallow it.
 template <typename T>
 LOCAL_ATTENTION_DEVICE void matrix_product(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
 template <>
 LOCAL_ATTENTION_DEVICE void matrix_product<Bfloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 template <>
 LOCAL_ATTENTION_DEVICE void matrix_product<Float16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -259,12 +261,12 @@ LOCAL_ATTENTION_DEVICE void copy_wait() {
 
 #endif
 
-LOCAL_ATTENTION_DEVICE int lane_index() { return thread_index() % 32; }
-LOCAL_ATTENTION_DEVICE int warp_index() { return thread_index() / 32; }
+LOCAL_ATTENTION_DEVICE int lane_index() { return static_cast<unsigned>(thread_index()) % 32; }
+LOCAL_ATTENTION_DEVICE int warp_index() { return static_cast<unsigned>(thread_index()) / 32; }
 // The same, but the compiler may not reuse what it computed from it before: for values that are cheaper to compute
 // again than to keep in registers through a loop.
-LOCAL_ATTENTION_DEVICE int lane_index_anew() { return thread_index_anew() % 32; }
-LOCAL_ATTENTION_DEVICE int warp_index_anew() { return thread_index_anew() / 32; }
+LOCAL_ATTENTION_DEVICE int lane_index_anew() { return static_cast<unsigned>(thread_index_anew()) % 32; }
+LOCAL_ATTENTION_DEVICE int warp_index_anew() { return static_cast<unsigned>(thread_index_anew()) / 32; }
 
 LOCAL_ATTENTION_DEVICE float to_wide(Bfloat16 x) { return bits_as_float(static_cast<uint32_t>(x.bits) << 16); }
 LOCAL_ATTENTION_DEVICE float to_wide(float x) { return x; }

@@ -46,15 +46,16 @@ struct Block : tile::BlockPlace {
   static LOCAL_ATTENTION_DEVICE void write(const Problem& p, const StripPlan& plan) {
     if (thread_index() != 0) return;
     volatile int* place = reinterpret_cast<volatile int*>(shared_memory() + plan.block);
-    int64_t n = block_index();
-    place[2] = static_cast<int>(n % plan.strips) * STRIP;
-    n /= plan.strips;
-    const int first = static_cast<int>(n % plan.bands) * plan.band_rows;
+    uint32_t n = static_cast<uint32_t>(block_index());  // launch() starts fewer than 2^31
+    const uint32_t strips = static_cast<uint32_t>(plan.strips), bands = static_cast<uint32_t>(plan.bands);
+    place[2] = static_cast<int>(n % strips) * STRIP;
+    n /= strips;
+    const int first = static_cast<int>(n % bands) * plan.band_rows;
     place[3] = first;
     place[4] = lowest(first + plan.band_rows, static_cast<int>(p.rows));
-    n /= plan.bands;
-    place[1] = static_cast<int>(n % p.heads);
-    place[0] = static_cast<int>(n / p.heads);
+    n /= bands;
+    place[1] = static_cast<int>(n % static_cast<uint32_t>(p.heads));
+    place[0] = static_cast<int>(n / static_cast<uint32_t>(p.heads));
   }
 };
 
@@ -67,14 +68,20 @@ LOCAL_ATTENTION_DEVICE void fetch_row(const Plane& a, const Plane& b, int y, int
   const int lane = lane_index_anew();
   const uint32_t chunk = static_cast<uint32_t>(lane % CHUNKS) << 4;
   const bool row_inside = static_cast<unsigned>(y) < static_cast<unsigned>(rows);
-  const char* const row_a = a.at(row_inside ? y : 0, 0) + chunk;
-  const char* const row_b = b.at(row_inside ? y : 0, 0) + chunk;
-  LOCAL_ATTENTION_NO_UNROLL for (int i = lane / CHUNKS; i < cells; i += CELLS_AT_ONCE) {
-    const bool inside = row_inside && static_cast<unsigned>(x + i) < static_cast<unsigned>(columns);
-    const int64_t column = inside ? x + i : 0;
-    const uint32_t to = target + static_cast<uint32_t>(i) * CELL<D> + (chunk ^ tile::spread<D>(number + i));
-    copy_async(to, row_a + column * a.column, inside);
-    copy_async(to + second, row_b + column * b.column, inside);
+  const int first = lane / CHUNKS, end = row_inside ? columns : 0;
+  // Addresses outside the grid are never read from. They are aligned all the same: a step is 0 where there is only
+  // one row or column.
+  const char *from_a = a.at(y, x + first) + chunk, *from_b = b.at(y, x + first) + chunk;
+  const int64_t step_a = CELLS_AT_ONCE * a.column, step_b = CELLS_AT_ONCE * b.column;
+  uint32_t to = target + static_cast<uint32_t>(first) * CELL<D>;
+  LOCAL_ATTENTION_NO_UNROLL for (int i = first; i < cells; i += CELLS_AT_ONCE) {
+    const bool inside = static_cast<unsigned>(x + i) < static_cast<unsigned>(end);
+    const uint32_t place = to + (chunk ^ tile::spread<D>(number + i));
+    copy_async(place, from_a, inside);
+    copy_async(place + second, from_b, inside);
+    from_a += step_a;
+    from_b += step_b;
+    to += CELLS_AT_ONCE * CELL<D>;
   }
 }
 

@@ -178,7 +178,7 @@ void launch_backward(Failure& failure, const Problem& p, const BackwardPlan& pla
   if (p.key.data && (p.grad_key.data || p.grad_value.data))
     launch(failure, drops(p) ? strip_key_gradient<T, D, true> : strip_key_gradient<T, D, false>,
            blocks_of(p, plan.key), 32 * plan.key.warps, plan.key.bytes, stream, p, plan.key, scale, statistics);
-  if (p.grad_cross_key.data || p.grad_cross_value.data || p.grad_cross_bias)
+  if (p.cross_key.data && (p.grad_cross_key.data || p.grad_cross_value.data || p.grad_cross_bias))
     launch(failure, stream_key_gradient<T, D, false>, planes * coarse_patches(p), 32 * STREAM_WARPS, STREAM_BYTES<D>,
            stream, p,
            StreamPlan{static_cast<int>(coarse_patches(p)), static_cast<int>(coarse_patch_columns(p)),

@@ -309,20 +309,23 @@ inline std::atomic<int64_t>& bank_conflicts() {
 
 struct MatrixLoad {
   uint32_t address;
+  uint16_t row[8];
   uint32_t result[4];
 };
 
 // ldmatrix.sync.aligned.m8n8.x4[.trans].shared.b16: lane l gives the address of row l % 8 of matrix l / 8; lane l
-// receives elements 2 * (l % 4) and the next of row l / 4, or of the transposed matrix.
+// receives elements 2 * (l % 4) and the next of row l / 4, or of the transposed matrix. A lane reads its row when it
+// arrives: the instruction orders nothing, so what another lane has yet to write must not be seen.
 inline void load_matrices(uint32_t (&result)[4], uint32_t address, bool transposed) {
-  MatrixLoad own{address, {}};
+  MatrixLoad own{address, {}, {}};
+  std::memcpy(own.row, shared_pointer(address, 16, "a matrix load"), sizeof own.row);
   meet(Meeting::LOAD_MATRIX, &own, [&](MatrixLoad** lanes) {
     for (int matrix = 0; matrix < 4; ++matrix) {
       uint16_t cells[8][8];
       int rows_of_bank[8] = {}, most = 0;
       for (int row = 0; row < 8; ++row) {
         const uint32_t at = lanes[matrix * 8 + row]->address;
-        std::memcpy(cells[row], shared_pointer(at, 16, "a matrix load"), 16);
+        std::memcpy(cells[row], lanes[matrix * 8 + row]->row, sizeof own.row);
         bool repeated = false;  // rows at one address are one access
         for (int other = 0; other < row; ++other) repeated |= lanes[matrix * 8 + other]->address == at;
         if (!repeated) ++rows_of_bank[at / 16 % 8];
