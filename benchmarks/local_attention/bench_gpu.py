@@ -70,7 +70,7 @@ def ours_and_peers(device: torch.device) -> list[peers.Peer]:
     backend: Literal["cuda", "cpu"] = "cuda" if device.type == "cuda" else "cpu"
     mine = [
         peers.Peer(MERGED, peers.separate_and_merged(backend)),
-        peers.Peer("ours, plain kernel", peers.ours_misaligned(backend), backward=False),
+        peers.Peer("ours, plain kernel", peers.ours_plain, backward=False),
         peers.Peer("ours", peers.ours(backend)),
     ]
     return [*peers.GPU_PEERS, *mine]

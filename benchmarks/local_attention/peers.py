@@ -22,6 +22,8 @@ from cogview2.ops.local_attention.flex import dense_mask, local_attention_2d_fle
 
 if TYPE_CHECKING:
     from cogview2.ops.local_attention.functional import Backend
+    from cogview2.ops.local_attention.problem import Inputs as ProblemInputs
+    from cogview2.ops.local_attention.problem import Library, Settings
 
 Call = Callable[[], torch.Tensor]
 TILE = 8  # rows and columns of a tile of the reordered FlexAttention
@@ -87,17 +89,8 @@ def ours(backend: "Backend | None") -> Callable[[Case, Inputs], Call]:
     return prepare
 
 
-def ours_misaligned(backend: "Backend") -> Callable[[Case, Inputs], Call]:
-    """The operator on tensors that tensor cores cannot load from, so that the plain kernel serves them."""
-
-    def prepare(case: Case, inputs: Inputs) -> Call:
-        return ours(backend)(case, inputs.misaligned())
-
-    return prepare
-
-
-def kernel_names(case: Case, inputs: Inputs) -> str:
-    """Say which kernels serve a case, forward and backward."""
+def _problem(case: Case, inputs: Inputs) -> "tuple[Library, ProblemInputs, Settings]":
+    """Return the kernels of a device and a case in their words, without the operator around them."""
     from cogview2.ops.local_attention import build, problem
 
     library = problem.Library(build.load("cuda" if inputs.query.is_cuda else "cpu"))
@@ -121,6 +114,21 @@ def kernel_names(case: Case, inputs: Inputs) -> str:
         scale=case.channels**-0.5,
         dropout=0.0,
     )
+    return library, tensors, settings
+
+
+def ours_plain(case: Case, inputs: Inputs) -> Call:
+    """The forward kernel for tensors that tensor cores cannot load from; the operator would copy such tensors first."""
+    library, tensors, settings = _problem(case, inputs.misaligned())
+    served = library.kernel(tensors, settings)
+    if inputs.query.is_cuda and served != "plain":
+        raise NotForThisCaseError(f"served by {served}")
+    return lambda: library.forward(tensors, settings)[0]
+
+
+def kernel_names(case: Case, inputs: Inputs) -> str:
+    """Say which kernels serve a case, forward and backward."""
+    library, tensors, settings = _problem(case, inputs)
     names = [library.kernel(tensors, settings, backward=backward) for backward in (False, True)]
     return " and ".join(names)
 

@@ -102,19 +102,22 @@ def window_extent(kernel_size: Kernel, is_causal: bool) -> tuple[int, int, int, 
     return top, 0 if is_causal else rows - 1 - top, left, columns - 1 - left
 
 
+def is_aligned(tensor: torch.Tensor) -> bool:
+    """Return whether every cell of [..., D] begins on a 16-byte border."""
+    size = tensor.element_size()
+    steps = [step for count, step in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if count > 1]
+    return all(
+        offset % _ALIGNMENT_BYTES == 0 for offset in (tensor.data_ptr(), *(step * size for step in steps))
+    )
+
+
 def readable(tensor: torch.Tensor) -> torch.Tensor:
     """Return `tensor`, copied where kernels could not read it (channels apart) or only slowly (CUDA, unaligned)."""
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         return tensor.contiguous()
-    size = tensor.element_size()
-    if not tensor.is_cuda or tensor.shape[-1] * size % _ALIGNMENT_BYTES != 0:
-        return tensor
-    strides = [step for count, step in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True) if count > 1]
-    if tensor.data_ptr() % _ALIGNMENT_BYTES == 0 and all(
-        step * size % _ALIGNMENT_BYTES == 0 for step in strides
-    ):
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
+    # A copy helps only where whole cells are multiples of the border.
+    helps = tensor.is_cuda and tensor.shape[-1] * tensor.element_size() % _ALIGNMENT_BYTES == 0
+    return tensor.clone(memory_format=torch.contiguous_format) if helps and not is_aligned(tensor) else tensor
 
 
 def _view(tensor: torch.Tensor | None) -> _View:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import HEADLINE, TINY_CASES, Case, least_bytes, make_inputs, useful_flops
 from cases import visible_pairs as count_visible_pairs
-from peers import CPU_PEERS, GPU_PEERS, NotForThisCaseError, Peer, separate_and_merged
+from peers import CPU_PEERS, GPU_PEERS, NotForThisCaseError, Peer, ours_plain, separate_and_merged
 
 from cogview2.ops.local_attention.flex import Layout, dense_mask
 from cogview2.ops.local_attention.reference import window_offsets
@@ -127,3 +127,9 @@ def test_inputs_are_views_of_one_projection() -> None:
     assert len(copy.leaves) == 7
     moved = inputs.misaligned()
     assert moved.query.data_ptr() % 16 == 4 and torch.equal(moved.query, inputs.query)
+
+
+@TINY
+def test_the_plain_kernel_is_called_without_the_operator_around_it(case: Case) -> None:
+    out = ours_plain(case, make_inputs(case, 2, torch.float32, CPU))()
+    torch.testing.assert_close(out.double(), _expected(case, True), atol=1e-5, rtol=1e-5)

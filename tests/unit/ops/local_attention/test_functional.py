@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from cogview2.ops.local_attention import available_backends, functional, local_attention_2d, merge_attentions
 from cogview2.ops.local_attention.build import BuildError
 from cogview2.ops.local_attention.flex import Layout
+from cogview2.ops.local_attention.problem import is_aligned
 
 WINDOW = Layout((9, 20), (5, 3))
 CAUSAL = Layout((6, 6), (5, 3), True, 0, (3, 3), (3, 3))
@@ -369,6 +370,16 @@ def test_a_forked_worker_with_one_thread_can_use_it() -> None:
     finally:
         child.join(60)
         child.kill()
+
+
+def test_alignment_is_that_of_every_cell() -> None:
+    packed = torch.zeros(2, 4, 4, 3, 2, 8, dtype=torch.bfloat16)
+    assert all(is_aligned(part) for part in packed.unbind(3))
+    assert not is_aligned(packed.flatten()[1:-7].view(-1, 8))
+    assert not is_aligned(torch.zeros(2, 3, 12, dtype=torch.bfloat16)[..., :8])
+    # A step that is never taken does not matter.
+    assert is_aligned(torch.zeros(8, dtype=torch.bfloat16).as_strided((1, 8), (3, 1)))
+    assert not is_aligned(torch.zeros(16, dtype=torch.bfloat16).as_strided((2, 8), (3, 1)))
 
 
 def test_importing_it_needs_neither_deepspeed_nor_a_build() -> None:
