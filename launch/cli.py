@@ -9,11 +9,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from cogview2.launch import local
 from cogview2.launch.cascade import Cascade, Options, select_stages, summary
 from cogview2.launch.status import find_run, log_file, table
+from cogview2.pipeline.command_line import Parser
 from cogview2.pipeline.config.loading import load_recipe, shipped_recipes, stages_folder
 from cogview2.pipeline.errors import CogView2Error, ExitCode
 from cogview2.pipeline.run_dir import RunDirectory
@@ -29,14 +29,6 @@ _CHILD_COMMANDS = {
 """Commands that need torch: a module of stages/commands/ each, started as a child process."""
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse with our exit code for usage errors."""
-
-    def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        self.exit(ExitCode.USAGE, f"{self.prog}: error: {message}\n")
-
-
 def child_commands() -> dict[str, str]:
     """Return the commands of stages/commands/ that this installation has: name -> one line of help."""
     folder = stages_folder() / "commands"
@@ -48,7 +40,7 @@ def _has_report() -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="cogview2", description="The training cascade of CogView2 on DeepSpeed.")
+    parser = Parser(prog="cogview2", description="The training cascade of CogView2 on DeepSpeed.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, text: str) -> argparse.ArgumentParser:

@@ -5,18 +5,10 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from cogview2.pipeline import logging as our_logging
+from cogview2.pipeline.command_line import Parser
 from cogview2.pipeline.errors import ExitCode
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse with our exit code for usage errors."""
-
-    def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        self.exit(ExitCode.USAGE, f"{self.prog}: error: {message}\n")
 
 
 def _unusable() -> list[str]:
@@ -33,7 +25,7 @@ def _unusable() -> list[str]:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="cogview2 doctor", description="Show versions, devices and operators, and what they lack."
     )
     parser.add_argument("--build", action="store_true", help="compile the local-attention kernels now")

@@ -7,13 +7,13 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from cogview2.pipeline import fsops
+from cogview2.pipeline.command_line import Parser
 from cogview2.pipeline.errors import CogView2Error, DataError, ExitCode
 from cogview2.pipeline.sampling.text_to_image import Drawn, Picture
 from cogview2.stages._loading import load_text_to_image
@@ -26,14 +26,6 @@ _CJK_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "
 """Looked up in the system's font folders for captions that Pillow's own font cannot draw."""
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse with our exit code for usage errors."""
-
-    def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        self.exit(ExitCode.USAGE, f"{self.prog}: error: {message}\n")
 
 
 def slug(text: str) -> str:
@@ -123,7 +115,7 @@ def write_pictures(folder: Path, prompts: Sequence[str], drawn: Drawn, seed: int
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="cogview2 generate", description="Draw pictures for prompts.")
+    parser = Parser(prog="cogview2 generate", description="Draw pictures for prompts.")
     parser.add_argument("run", metavar="RUN", type=Path, help="path of a run")
     parser.add_argument("prompts", metavar="TEXT", nargs="+", help="what to draw, English or Chinese")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/generated/<time>")

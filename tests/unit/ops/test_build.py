@@ -79,21 +79,26 @@ def test_the_process_has_one_openmp_runtime(site: Site) -> None:
     subprocess.run([sys.executable, "-c", code, str(site.csrc)], check=True)
 
 
-def test_many_processes_compile_once_and_all_load(site: Site) -> None:
-    site.set_compiler(seconds=0.7)
-    begin = fork.Barrier(6)
+def _open_together(site: Site, count: int) -> list[int | None]:
+    """Open the library in several processes at once; return their exit codes."""
+    begin = fork.Barrier(count)
 
     def rank() -> None:
         begin.wait()
         os._exit(site.open())
 
-    ranks = [fork.Process(target=rank) for _ in range(6)]
+    ranks = [fork.Process(target=rank) for _ in range(count)]
     for process in ranks:
         process.start()
     for process in ranks:
         process.join(30)
         process.kill()
-    assert [process.exitcode for process in ranks] == [SUM] * 6
+    return [process.exitcode for process in ranks]
+
+
+def test_many_processes_compile_once_and_all_load(site: Site) -> None:
+    site.set_compiler(seconds=0.7)
+    assert _open_together(site, 6) == [SUM] * 6
     assert site.compiled == 1
     assert [path.name for path in site.cache.iterdir()] == [site.key()]
 
@@ -104,19 +109,7 @@ def test_without_locks_all_compile_and_all_load(site: Site, monkeypatch: pytest.
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     site.set_compiler(seconds=0.5)
-    begin = fork.Barrier(3)
-
-    def rank() -> None:
-        begin.wait()
-        os._exit(site.open())
-
-    ranks = [fork.Process(target=rank) for _ in range(3)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(30)
-        process.kill()
-    assert [process.exitcode for process in ranks] == [SUM] * 3
+    assert _open_together(site, 3) == [SUM] * 3
     assert site.compiled == 3
     assert [path.name for path in site.cache.glob("*.so")] == [site.key()]
 
