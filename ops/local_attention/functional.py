@@ -252,9 +252,12 @@ def _by_kernels(
     call: Call, scale: float, cross_bias: float | torch.Tensor, dropout_p: float, seed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     wide, device = wide_dtype(call.query.dtype), call.query.device
-    bias = None
-    if call.cross[0] is not None and (isinstance(cross_bias, torch.Tensor) or cross_bias != 0):
-        bias = torch.as_tensor(cross_bias, dtype=wide, device=device).reshape(())
+    bias: torch.Tensor | None = None
+    if call.cross[0] is not None and isinstance(cross_bias, torch.Tensor):
+        bias = cross_bias.to(device, wide).reshape(())
+    elif call.cross[0] is not None and cross_bias != 0:
+        # Filled in on the device; a copy would wait for it.
+        bias = torch.full((), cross_bias, dtype=wide, device=device)
     return local_attention_2d_op(
         call.query,
         *call.local,

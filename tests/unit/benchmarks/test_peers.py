@@ -54,11 +54,16 @@ def _expected(case: Case, is_exact: bool) -> torch.Tensor:
     return out
 
 
+# FlexAttention compiles for half a minute; tests/unit/ops/local_attention/test_flex.py tries it uncompiled.
+PEERS = [
+    pytest.param(peer, id=peer.name, marks=[pytest.mark.slow] if peer.name == "FlexAttention" else [])
+    for peer in CPU_PEERS
+]
+
+
 @TINY
-@pytest.mark.parametrize("peer", CPU_PEERS, ids=lambda peer: peer.name)
+@pytest.mark.parametrize("peer", PEERS)
 def test_a_peer_computes_what_it_says(case: Case, peer: Peer) -> None:
-    if peer.name == "FlexAttention":
-        pytest.skip("compiles for half a minute; uncompiled in tests/unit/ops/local_attention/test_flex.py")
     inputs = make_inputs(case, 2, torch.float32, CPU).leaf_copy(peer.backward)
     out = peer.prepare(case, inputs)()
     torch.testing.assert_close(out.double(), _expected(case, peer.exact), atol=2e-6, rtol=0)
