@@ -253,9 +253,9 @@ def _by_kernels(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     wide, device = wide_dtype(call.query.dtype), call.query.device
     bias: torch.Tensor | None = None
-    if call.cross[0] is not None and isinstance(cross_bias, torch.Tensor):
+    if isinstance(cross_bias, torch.Tensor):
         bias = cross_bias.to(device, wide).reshape(())
-    elif call.cross[0] is not None and cross_bias != 0:
+    elif cross_bias != 0:
         # Filled in on the device; a copy would wait for it.
         bias = torch.full((), cross_bias, dtype=wide, device=device)
     return local_attention_2d_op(
@@ -264,7 +264,7 @@ def _by_kernels(
         *call.cross,
         *call.tokens,
         None if call.token_bias is None else call.token_bias.to(wide),
-        bias,
+        None if call.cross[0] is None else bias,
         seed,
         call.kernel_size,
         call.cross_kernel_size,

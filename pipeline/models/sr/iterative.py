@@ -101,10 +101,10 @@ class IterativeSR(nn.Module):
         token_bias = score_bias(text_mask_BL, torch.float32)
         bias = score_bias(text_mask_BL[:, None, None, :], hidden_BSD.dtype)
 
-        def attend_both(layer: int, attention: SelfAttention, x_BSD: torch.Tensor) -> torch.Tensor:
+        def attend_layer(layer: int, attention: SelfAttention, x_BSD: torch.Tensor) -> torch.Tensor:
             return self._attend(attention, x_BSD, bias, token_bias)
 
-        return self.transformer(hidden_BSD, attend_both)
+        return self.transformer(hidden_BSD, attend_layer)
 
     def _attend(
         self, attention: SelfAttention, x_BSD: torch.Tensor, bias: torch.Tensor, token_bias: torch.Tensor
