@@ -1,4 +1,4 @@
-# make quickstart | test | test-slow | test-gpu | bench | bench-gpu | checks | types | clean
+# make quickstart | test | test-slow | test-web | test-gpu | bench | bench-gpu | checks | types | clean
 PYTHON   ?= python3
 VENV     := .venv
 BIN      := $(VENV)/bin
@@ -11,21 +11,33 @@ PYTEST   := OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest $(FIXTURES_OPTION
 SOURCES  := pipeline stages ops launch ds_configs
 LINKS    := $(SOURCES:%=build/importroot/cogview2/%)
 BENCH    := benchmarks/local_attention
+WEB_STAMP := $(VENV)/.installed-web
+CHROMIUM ?= $(firstword $(foreach name,chromium chromium-browser google-chrome google-chrome-stable,$(shell command -v $(name))))
 # On a GPU machine nothing is installed: the Python that is named, else that of .venv where there is one, takes the
 # package from the checkout. It needs torch, numpy and, for the tests, pytest.
 GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
 GPU_RUN    := PYTHONPATH=$(CURDIR)/build/importroot $(GPU_PYTHON)
 
-.PHONY: quickstart test test-slow test-gpu bench bench-gpu checks types install clean
+.PHONY: quickstart test test-slow test-web chromium test-gpu bench bench-gpu checks types install clean
 
 quickstart: $(STAMP)
 	$(BIN)/cogview2 run quickstart
 
 test: $(STAMP)
-	$(PYTEST) -m "not slow and not gpu" tests
+	$(PYTEST) -m "not slow and not gpu and not web" tests
 
 test-slow: $(STAMP)
 	$(PYTEST) -m "slow and not gpu" tests
+
+test-web: chromium $(WEB_STAMP)
+	CHROMIUM="$(CHROMIUM)" $(PYTEST) -m web tests/web
+
+chromium:
+	@test -n "$(CHROMIUM)" || { echo "make test-web needs a Chromium on PATH (Debian, Ubuntu: apt install chromium), or its path: make test-web CHROMIUM=/path/to/it" >&2; exit 1; }
+
+$(WEB_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .[dev,web] playwright
+	touch $@
 
 # Only conftest.py of tests/gpu is read: the others import what a GPU machine need not have.
 test-gpu: $(LINKS)
@@ -33,6 +45,7 @@ test-gpu: $(LINKS)
 
 bench: $(STAMP)
 	$(BIN)/python $(BENCH)/bench_cpu.py --results benchmarks/RESULTS.md --json build/bench_cpu.json
+	$(BIN)/python benchmarks/sampling/bench_sampling.py --results benchmarks/RESULTS.md --json build/bench_sampling.json
 
 bench-gpu: $(LINKS)
 	$(GPU_RUN) $(BENCH)/bench_gpu.py --results benchmarks/RESULTS.md --json build/bench_gpu.json

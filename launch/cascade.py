@@ -16,7 +16,7 @@ from cogview2.pipeline.config.loading import stages_folder
 from cogview2.pipeline.config.stages import STAGES, Recipe
 from cogview2.pipeline.config.training import TrainConfig
 from cogview2.pipeline.errors import ConfigError, ExitCode, LaunchError
-from cogview2.pipeline.run_dir import DEPENDENCIES, REPEATABLE, RunDirectory, units
+from cogview2.pipeline.run_dir import REPEATABLE, RunDirectory, needed_stages, units
 
 _TAIL_LINES = 20
 CommandMaker = Callable[[str, Path, Attempt, int], list[str]]
@@ -120,6 +120,11 @@ class Cascade:
                 print(line)
         else:
             self.run.create(self.recipe)
+        for stage in self.options.stages:
+            for unit in units(stage):
+                self.run.inputs(
+                    unit, self.recipe
+                )  # models from elsewhere that are not there: said before any start
         for unit, config in resolved.items():
             fsops.write_json(self.run.deepspeed_path(unit), config)
 
@@ -136,7 +141,8 @@ class Cascade:
         return self._start(stage, label)
 
     def _check_needs(self, stage: str) -> None:
-        needed = [name for name in DEPENDENCIES[stage] if name in self.built and not self.run.is_done(name)]
+        wanted = needed_stages(stage, self.recipe)
+        needed = [name for name in wanted if name in self.built and not self.run.is_done(name)]
         if needed:
             raise LaunchError(
                 f"stage {stage} reads the outputs of {', '.join(needed)}, not done in {self.run.path}; "

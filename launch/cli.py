@@ -1,10 +1,12 @@
 """The commands an operator types; starts in a fraction of a second because nothing here imports torch."""
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -12,7 +14,7 @@ from pathlib import Path
 
 from cogview2.launch import local
 from cogview2.launch.cascade import Cascade, Options, select_stages, summary
-from cogview2.launch.status import find_run, log_file, table
+from cogview2.launch.status import find_models, find_run, log_file, table
 from cogview2.pipeline.command_line import Parser
 from cogview2.pipeline.config.loading import load_recipe, shipped_recipes, stages_folder
 from cogview2.pipeline.errors import CogView2Error, ExitCode
@@ -23,10 +25,13 @@ _CHILD_COMMANDS = {
     "edit": "redraw a region of a picture",
     "caption": "describe pictures",
     "rank": "order pictures by how well they fit a text",
+    "web": "a page in the browser: draw, edit, describe",
     "weights": "import and export weights",
     "doctor": "show versions, devices and operators, and what they lack",
 }
 """Commands that need torch: a module of stages/commands/ each, started as a child process."""
+_WITHOUT_RUN = ("weights", "doctor")
+"""Those of them whose first argument is not a run or a weights folder."""
 
 
 def child_commands() -> dict[str, str]:
@@ -116,14 +121,22 @@ def _logs(arguments: argparse.Namespace) -> int:
 def _child(name: str, arguments: Sequence[str]) -> int:
     """Start a command of stages/commands/ with our environment; a run's name in front becomes its path."""
     rest = list(arguments)
-    if rest and not rest[0].startswith("-"):
-        rest[0] = str(find_run(rest[0], Path("runs")).path)
+    if rest and not rest[0].startswith("-") and name not in _WITHOUT_RUN:
+        rest[0] = str(find_models(rest[0], Path("runs")))
     base = local.current_environment()
     environment = dict(base)
     if local.uses_cpu(base, 1):
         environment["DS_ACCELERATOR"] = "cpu"
     argv = [sys.executable, "-P", "-m", f"cogview2.stages.commands.{name}", *rest]
-    return subprocess.run(argv, env=environment, check=False).returncode
+    with subprocess.Popen(argv, env=environment) as child:
+        # Ctrl-C reaches the child too, and it may have an orderly end of its own; SIGTERM reaches us alone.
+        before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+        try:
+            while True:
+                with contextlib.suppress(KeyboardInterrupt):
+                    return child.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _dispatch(argv: list[str]) -> int:

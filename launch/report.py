@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from cogview2.launch import report_tables as tables
 from cogview2.launch.charts import Chart, chart
+from cogview2.launch.report_skills import skill_tables
 from cogview2.launch.report_tables import StageRow, Table, at, finite, read_json
 from cogview2.pipeline import fsops
 from cogview2.pipeline.config.stages import STAGES
@@ -251,6 +252,7 @@ def gather(run: RunDirectory) -> dict[str, Any]:
             *tables.accuracy_tables(record),
             *tables.distance_tables(record),
             *tables.model_tables(record),
+            *skill_tables(record),
         ]
     content: dict[str, Any] = {
         "header": _header(run, recipe, rows),
@@ -261,6 +263,12 @@ def gather(run: RunDirectory) -> dict[str, Any]:
         "evaluation_history": tables.evaluation_history(run),
         "evaluation_picture": _evaluation_picture(run, record),
         "evaluation_captions": _evaluation_captions(record),
+        "edits": picture(
+            run.stage("evaluate").output / "edits.png",
+            "edited drawings",
+            tuple(map(str, tables.sequence(record, "edited_picture", "rows"))),
+        ),
+        "edit_texts": tuple(map(str, tables.sequence(record, "edited_picture", "texts"))),
         "curves": [
             one for stage in STAGES for unit in units(stage) if (one := curves(run, unit)) is not None
         ],

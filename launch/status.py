@@ -9,6 +9,7 @@ from cogview2.launch.progress import duration
 from cogview2.pipeline.config.stages import STAGES
 from cogview2.pipeline.errors import RunDirectoryError
 from cogview2.pipeline.run_dir import RunDirectory
+from cogview2.pipeline.weights_manifest import is_weights_folder
 
 _COLUMNS = ("stage", "state", "step", "loss", "wall")
 
@@ -38,6 +39,15 @@ def find_run(name: str | None, runs: Path) -> RunDirectory:
     if not found:
         raise RunDirectoryError(f"there is no run in {runs}; start one with `cogview2 run quickstart`")
     return max(found, key=_last_change)
+
+
+def find_models(name: str, runs: Path) -> Path:
+    """Return the path of a run (see `find_run`) or of a weights folder.
+
+    Raises:
+        RunDirectoryError: neither.
+    """
+    return Path(name).absolute() if is_weights_folder(Path(name)) else find_run(name, runs).path
 
 
 def _last_change(run: RunDirectory) -> float:

@@ -9,17 +9,21 @@ from cogview2.pipeline import fsops
 from cogview2.pipeline.config.base import Config, fingerprint
 from cogview2.pipeline.config.loading import load_recipe, recipe_yaml
 from cogview2.pipeline.config.stages import STAGES, Recipe
-from cogview2.pipeline.errors import RunDirectoryError
+from cogview2.pipeline.errors import CheckpointError, RunDirectoryError
 from cogview2.pipeline.locking import exclusive, is_held
 from cogview2.pipeline.stage_dir import DoneRecord, StageDirectory
+from cogview2.pipeline.weights_manifest import KINDS, digests, is_weights_folder
 
 __all__ = [
     "DEPENDENCIES",
+    "MODEL_FILES",
     "PARTS",
     "REPEATABLE",
     "DoneRecord",
     "RunDirectory",
     "StageDirectory",
+    "needed_stages",
+    "outside_weights",
     "recipe_parts",
     "units",
     "units_read_by",
@@ -45,15 +49,80 @@ REPEATABLE: frozenset[str] = frozenset({"evaluate"})
 and each result keeps a name made from all that it depends on. Every other stage is refused, or set aside."""
 
 
+MODEL_FILES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "icetk-text": ("train_tokenizer", ("tokenizer.model", "vocabulary.json")),
+    "icetk-image": ("train_vqvae", ("weights.safetensors",)),
+    "coglm": ("pretrain_coglm", ("weights.safetensors",)),
+    "direct-sr": ("finetune_superres/direct", ("weights.safetensors",)),
+    "iterative-sr": ("finetune_superres/iterative", ("weights.safetensors",)),
+}
+"""Kind of model (weights_manifest.KINDS) -> the unit that makes it, and its files in that unit's output folder."""
+
+_OUTSIDE: dict[str, dict[str, tuple[str, ...]]] = {
+    "train_tokenizer": {"tokenizer.take_from": ("icetk-text",)},
+    "train_vqvae": {"vqvae.take_from": ("icetk-image",), "vqvae.init_from": ("icetk-image",)},
+    "pretrain_coglm": {"coglm.init_from": ("coglm",)},
+    "finetune_superres/direct": {"direct_sr.init_from": ("direct-sr",)},
+    "finetune_superres/iterative": {"iterative_sr.init_from": ("iterative-sr",)},
+    "evaluate": {"evaluate.weights": KINDS},
+}
+"""Unit -> keys of the recipe that name a run or a weights folder -> kinds of models that are read from there."""
+
+
 def units(stage: str) -> list[str]:
     """Return the folders below stages/ that get a DONE.json each: the stage itself, or its parts."""
     return [f"{stage}/{part}" for part in PARTS[stage]] if stage in PARTS else [stage]
 
 
+def needed_stages(stage: str, recipe: Recipe) -> tuple[str, ...]:
+    """Return the stages whose outputs a stage reads under this recipe."""
+    needed = DEPENDENCIES[stage]
+    if stage == "evaluate" and recipe.evaluate.weights is not None:  # drawn by models from elsewhere
+        return tuple(name for name in needed if name not in ("pretrain_coglm", "finetune_superres"))
+    return needed
+
+
+def outside_weights(unit: str, recipe: Recipe) -> dict[str, str]:
+    """Return `key of the recipe` -> path, for the models that a unit reads from other runs or weights folders."""
+    values = {key: section(recipe, key) for key in _OUTSIDE.get(unit, {})}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def split_step(weights: str) -> tuple[str, int | None]:
+    """Return path and step of `PATH@STEP`; the step is None where there is none."""
+    path, at, step = weights.rpartition("@")
+    return (path, int(step)) if at and step.isdigit() else (weights, None)
+
+
+def _outside_digests(key: str, value: str, kinds: tuple[str, ...]) -> dict[str, str]:
+    """Return kind -> sha256 of what the run or weights folder `value` holds of `kinds`."""
+    path, step = split_step(value)
+    if step is not None:  # CogLM comes from a checkpoint of that step
+        kinds = tuple(kind for kind in kinds if kind != "coglm")
+    if is_weights_folder(Path(path)):
+        return digests(Path(path), kinds)
+    other = RunDirectory(Path(path))
+    if not other.exists():
+        raise CheckpointError(
+            f"{key} {value}: {path} is neither a run nor a weights folder; check the path, or make one with "
+            "cogview2 weights import"
+        )
+    found: dict[str, str] = {}
+    for kind in kinds:
+        unit, names = MODEL_FILES[kind]
+        record = other.stage(unit).done()
+        if record is None or any(f"output/{name}" not in record.outputs for name in names):
+            raise CheckpointError(f"{key} {value}: stage {unit} of that run is not done; run it first")
+        found |= {f"{kind}/{name}": record.outputs[f"output/{name}"].sha256 for name in names}
+    return found
+
+
 def units_read_by(unit: str, recipe: Recipe) -> list[str]:
     """Return the units whose outputs a unit (or a whole stage) reads."""
-    found = [read for needed in DEPENDENCIES[unit.partition("/")[0]] for read in units(needed)]
-    if unit == "finetune_superres/iterative" and recipe.iterative_sr.model.init == "direct":
+    stages = needed_stages(unit.partition("/")[0], recipe)
+    found = [read for needed in stages for read in units(needed)]
+    iterative = recipe.iterative_sr
+    if unit == "finetune_superres/iterative" and iterative.model.init == "direct" and not iterative.init_from:
         found.append("finetune_superres/direct")
     return found
 
@@ -154,14 +223,31 @@ class RunDirectory:
     def inputs(self, unit: str, recipe: Recipe) -> dict[str, str]:
         """Return `unit/path` -> sha256 of the outputs that a unit (or a whole stage) reads.
 
-        Only stages that are done count; the launcher starts a stage when all that it needs are.
+        Only stages that are done count; the launcher starts a stage when all that it needs are. Models from other
+        runs and weights folders stand beside them as `key of the recipe:kind`.
+
+        Raises:
+            CheckpointError: such a model is not there; for a unit that is done already its record is believed.
         """
-        found: dict[str, str] = {}
+        found = self._outside_inputs(unit, recipe)
         for read in units_read_by(unit, recipe):
             record = self.stage(read).done()
             if record is not None:
                 found |= {f"{read}/{name}": made.sha256 for name, made in record.outputs.items()}
         return dict(sorted(found.items()))
+
+    def _outside_inputs(self, unit: str, recipe: Recipe) -> dict[str, str]:
+        found: dict[str, str] = {}
+        record = self.stage(unit).done()
+        for key, path in outside_weights(unit, recipe).items():
+            try:
+                made = _outside_digests(key, path, _OUTSIDE[unit][key])
+                found |= {f"{key}:{name}": digest for name, digest in made.items()}
+            except CheckpointError:
+                if record is None:
+                    raise
+                found |= {name: made for name, made in record.inputs.items() if name.startswith(f"{key}:")}
+        return found
 
     def fingerprint(self, recipe: Recipe, unit: str) -> str:
         """Return the identity of a unit's result: its sections of the recipe, the seed, and its inputs."""

@@ -12,7 +12,7 @@ from cogview2.pipeline.data.sources import Source
 from cogview2.pipeline.distributed.process import barrier
 from cogview2.pipeline.metrics.attribute_classifier import AttributeClassifier, train
 from cogview2.pipeline.metrics.feature_network import FeatureNetwork, build_feature_network
-from cogview2.pipeline.weights import load_weights, save_weights
+from cogview2.pipeline.weights.files import load_weights, save_weights
 from cogview2.stages._runner import StageContext
 
 logger = logging.getLogger(__name__)

@@ -1,22 +1,17 @@
-"""Which weights an evaluation measures: this run's final ones, or `RUN` or `RUN@step` of evaluate.weights."""
+"""Which models an evaluation measures: this run's, or those that evaluate.weights names: RUN, RUN@STEP, weights folder."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from cogview2.pipeline import fsops, weights
+from cogview2.pipeline import fsops
 from cogview2.pipeline.distributed.process import barrier
 from cogview2.pipeline.errors import CheckpointError, ConfigError
-from cogview2.pipeline.run_dir import RunDirectory
+from cogview2.pipeline.run_dir import MODEL_FILES, split_step
 from cogview2.pipeline.training.extract import coglm_state
+from cogview2.pipeline.weights.files import WEIGHTS, save_weights
+from cogview2.pipeline.weights_manifest import KINDS, digests
+from cogview2.stages._loading import Models, RunModels, open_models
 from cogview2.stages._runner import StageContext
-
-_READ = (
-    ("train_tokenizer", "tokenizer.model"),
-    ("train_vqvae", weights.WEIGHTS),
-    ("pretrain_coglm", weights.WEIGHTS),
-    ("finetune_superres/direct", weights.WEIGHTS),
-    ("finetune_superres/iterative", weights.WEIGHTS),
-)
 
 
 @dataclass(frozen=True)
@@ -24,38 +19,42 @@ class Selected:
     """What is evaluated."""
 
     name: str
-    run: RunDirectory
+    models: Models
     coglm: Path | None
-    """Weights of CogLM other than the run's final ones."""
+    """Weights of CogLM other than the models' own."""
     digests: dict[str, str]
     """File -> sha256 of everything that draws."""
+
+
+def _digests(models: Models) -> dict[str, str]:
+    if not isinstance(models, RunModels):
+        return digests(models.path, KINDS)
+    found = {}
+    for kind in KINDS:
+        unit, names = MODEL_FILES[kind]
+        record = models.run.stage(unit).done()
+        if record is None or f"output/{names[0]}" not in record.outputs:
+            raise CheckpointError(f"{models.path} has no finished stage {unit}; run it first")
+        found[f"{unit}/{names[0]}"] = record.outputs[f"output/{names[0]}"].sha256
+    return found
 
 
 def select_weights(context: StageContext) -> Selected:
     """Resolve evaluate.weights; collective.
 
     Raises:
-        ConfigError: the step is no number.
+        ConfigError: a step of a weights folder.
         CheckpointError: no such run, stage or checkpoint.
     """
     wanted = context.recipe.evaluate.weights
-    run, step = context.run, None
-    if wanted is not None:
-        path, at, number = wanted.rpartition("@")
-        if at and not number.isdigit():
-            raise ConfigError(
-                f"evaluate.weights {wanted!r}: {number!r} after @ is no step; write RUN or RUN@STEP"
-            )
-        run, step = RunDirectory(Path(path if at else wanted)), int(number) if at else None
-        run.load_recipe()
-    digests = {}
-    for unit, name in _READ:
-        record = run.stage(unit).done()
-        if record is None or f"output/{name}" not in record.outputs:
-            raise CheckpointError(f"{run.path} has no finished stage {unit}; run it first")
-        digests[f"{unit}/{name}"] = record.outputs[f"output/{name}"].sha256
+    path, step = split_step(wanted) if wanted is not None else (context.run, None)
+    models = open_models(path)
+    found = _digests(models)
     if step is None:
-        return Selected(wanted or str(run.path.name), run, None, digests)
+        return Selected(wanted or str(context.run.path.name), models, None, found)
+    if not isinstance(models, RunModels):
+        raise ConfigError(f"evaluate.weights {wanted}: a weights folder has no steps; leave @{step} out")
+    run = models.run
     exported = context.stage.path / "work" / f"coglm-{run.path.name}-{step:09d}.safetensors"
     if context.world.is_first:
         fsops.make_dirs(exported.parent)
@@ -63,7 +62,7 @@ def select_weights(context: StageContext) -> Selected:
         if not folder.is_dir():
             have = ", ".join(sorted(p.name for p in folder.parent.glob("step_*"))) or "none"
             raise CheckpointError(f"{run.path} has no checkpoint of step {step}; it has {have}")
-        weights.save_weights(exported, coglm_state(folder, run.load_recipe().coglm.model), {"kind": "coglm"})
+        save_weights(exported, coglm_state(folder, models.recipe.coglm.model), {"kind": "coglm"})
     barrier()
-    digests[f"pretrain_coglm/{weights.WEIGHTS}"] = fsops.sha256_file(exported)
-    return Selected(str(wanted), run, exported, digests)
+    found[f"pretrain_coglm/{WEIGHTS}"] = fsops.sha256_file(exported)
+    return Selected(str(wanted), models, exported, found)

@@ -27,13 +27,14 @@ from cogview2.pipeline.sampling.text_to_image import TextToImage
 from cogview2.stages import _evaluation_work as work
 from cogview2.stages._evaluation_networks import choose_network
 from cogview2.stages._evaluation_showcase import showcase
+from cogview2.stages._evaluation_skills import Skills
 from cogview2.stages._loading import load_text_to_image
-from cogview2.stages._pictures import save_png
+from cogview2.stages._pictures import grid, save_png
 from cogview2.stages._runner import StageContext, run_stage
 from cogview2.stages._selected_weights import Selected, select_weights
 
 logger = logging.getLogger(__name__)
-FORMAT = 2
+FORMAT = 3
 """Of the record and of what is measured; part of the digest."""
 _RECONSTRUCTED = 200
 """Held-out pictures at most that are encoded and decoded again."""
@@ -77,6 +78,7 @@ class Evaluation:
         self.languages = tuple(self.recipe.data.languages)
         self.units = work.plan_units(pairs, self.languages, self.recipe.evaluate.chunk)
         self.pictures, self.features = work.Store(folder / "pictures"), work.Store(folder / "features")
+        self.skills = Skills(self.recipe, pairs["held_out"], cascade, source, work.Store(folder / "skills"))
         self._started = time.monotonic()
 
     def _mine(self, count: int) -> range:
@@ -105,6 +107,14 @@ class Evaluation:
                 number = work.number_of(unit, splits.index(unit.split), self.languages)
                 arrays = work.draw_unit(unit, self.pairs[unit.split], number, self.cascade, self.recipe.seed)
                 self.pictures.write(unit.name, arrays)
+        barrier()
+
+    def exercise(self) -> None:
+        """Describe, rank and edit: this rank's units that are not done yet."""
+        units = self.skills.units
+        for k in self._mine(len(units)):
+            self._pause(k, len(units), "describing, ranking, editing")
+            self.skills.do(units[k])
         barrier()
 
     def extract(self) -> None:
@@ -273,6 +283,7 @@ def _record(evaluation: Evaluation, digest: str, selected: Selected) -> dict[str
         "fid": evaluation.frechet(),
         "reconstruction": evaluation.reconstruction(),
     } | evaluation.scores()
+    record |= evaluation.skills.record()
     if accuracy is not None:
         record["caption_accuracy"] = accuracy["table"]
         record["caption_accuracy_details"] = accuracy["details"]
@@ -296,6 +307,19 @@ def _summary(record: dict[str, Any]) -> list[str]:
             f"{name} {value:.1%}" for name, value in shares.items() if name != "final" and value is not None
         )
         lines.append(f"caption accuracy {language}: {words}")
+    for language, found in record.get("captioning", {}).items():
+        if "objects_named" in found:
+            lines.append(
+                f"captions of held-out pictures {language}: {found['objects_named']:.1%} name every object"
+            )
+    for language, found in record.get("ranking", {}).items():
+        if "obeyed_best_ranked" in found:
+            lines.append(
+                f"ranking {language}: of {found['candidates']} base pictures a caption {found['obeyed_on_average']:.1%} "
+                f"obey, of the best ranked {found['obeyed_best_ranked']:.1%}"
+            )
+    for language, found in record.get("editing", {}).items():
+        lines.append(f"replacing one object {language}: {found['obeyed']:.1%} obey the new caption")
     table = record.get("caption_accuracy", {})
     if table:
         lines.append(
@@ -326,7 +350,7 @@ def job(context: StageContext) -> None:
         barrier()
         # Weights of another run are measured under this recipe's protocol: that is what the digest names.
         cascade = load_text_to_image(
-            selected.run, device=world.device, coglm_weights=selected.coglm, protocol=recipe
+            selected.models, device=world.device, coglm_weights=selected.coglm, protocol=recipe
         )
         if cascade.image_tokenizer.rate * cascade.base_grid != recipe.data.base_size:
             raise ConfigError(
@@ -335,6 +359,7 @@ def job(context: StageContext) -> None:
         evaluation = Evaluation(context, folder, pairs, cascade, network, source)
         with torch.no_grad():
             evaluation.draw()
+            evaluation.exercise()
             evaluation.extract()
             if world.is_first:
                 picture, shown = showcase(
@@ -343,13 +368,18 @@ def job(context: StageContext) -> None:
                 record = _record(evaluation, digest, selected) | {"picture": shown}
                 if picture is not None:
                     save_png(folder / "samples.png", picture)
+                edited = evaluation.skills.edited()
+                if edited is not None:
+                    pairs_BHWC, texts = edited
+                    save_png(folder / "edits.png", grid([pairs_BHWC[:, 0], pairs_BHWC[:, 1]]))
+                    record["edited_picture"] = {"rows": ["before", "after"], "texts": texts}
                 fsops.write_json(result_path, record)
     if world.is_first:
         record = json.loads(result_path.read_text(encoding="utf-8"))
         fsops.write_json(stage.output / "evaluation.json", record)
-        save = folder / "samples.png"
-        if save.is_file():
-            fsops.write_bytes(stage.output / "samples.png", save.read_bytes())
+        for name in ("samples.png", "edits.png"):
+            if (folder / name).is_file():
+                fsops.write_bytes(stage.output / name, (folder / name).read_bytes())
         context.finish(stage, {"digest": digest, "summary": _summary(record)})
     barrier()
 

@@ -15,8 +15,8 @@ from cogview2.pipeline.training.engine import PlainEngine, export_weights
 from cogview2.pipeline.training.modules import TrainModule
 from cogview2.pipeline.training.train_modules.sr import DirectSRTrainModule, IterativeSRTrainModule
 from cogview2.pipeline.training.trainer import Trainer
-from cogview2.pipeline.weights import WEIGHTS, load_weights
-from cogview2.stages._loading import build_direct, build_iterative, load_vocabulary
+from cogview2.pipeline.weights.files import WEIGHTS, load_into, load_weights
+from cogview2.stages._loading import build_direct, build_iterative, load_vocabulary, open_models
 from cogview2.stages._runner import StageContext, run_stage
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 def _direct(context: StageContext) -> TrainModule:
     recipe, vocabulary = context.recipe, load_vocabulary(context.run)
     model = build_direct(recipe, vocabulary.rows)
+    if recipe.direct_sr.init_from is not None:
+        load_into(model, open_models(recipe.direct_sr.init_from).file("direct-sr"))
+        return DirectSRTrainModule(model, vocabulary)
     model.init_from_coglm(load_weights(context.run.stage("pretrain_coglm").output / WEIGHTS))
     return DirectSRTrainModule(model, vocabulary)
 
@@ -32,7 +35,9 @@ def _direct(context: StageContext) -> TrainModule:
 def _iterative(context: StageContext) -> TrainModule:
     recipe, vocabulary = context.recipe, load_vocabulary(context.run)
     model = build_iterative(recipe, vocabulary.rows)
-    if recipe.iterative_sr.model.init == "direct":
+    if recipe.iterative_sr.init_from is not None:
+        load_into(model, open_models(recipe.iterative_sr.init_from).file("iterative-sr"))
+    elif recipe.iterative_sr.model.init == "direct":
         model.init_from_direct(load_weights(context.run.stage("finetune_superres/direct").output / WEIGHTS))
     else:
         state = load_weights(context.run.stage("pretrain_coglm").output / WEIGHTS)

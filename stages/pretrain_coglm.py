@@ -8,14 +8,14 @@ from cogview2.pipeline.config.deepspeed import resolve
 from cogview2.pipeline.data.shard_index import ShardIndex
 from cogview2.pipeline.distributed.seeding import seed_everything
 from cogview2.pipeline.models.coglm.model import CogLM
-from cogview2.pipeline.models.coglm.pipe import init_as_pipe
+from cogview2.pipeline.models.coglm.pipe import init_as_pipe, load_plain_state
 from cogview2.pipeline.tokenizers.vocabulary import Vocabulary
 from cogview2.pipeline.training.batches import MixedBatches, PairBatches, coglm_sample, text_share
 from cogview2.pipeline.training.engine import PipeEngine, PlainEngine, TrainingEngine, export_weights
 from cogview2.pipeline.training.train_modules.coglm import CogLMTrainModule, pipe_module
 from cogview2.pipeline.training.trainer import StepBatches, Trainer
-from cogview2.pipeline.weights import WEIGHTS
-from cogview2.stages._loading import load_text_to_image, load_vocabulary
+from cogview2.pipeline.weights.files import WEIGHTS, load_into, load_weights
+from cogview2.stages._loading import load_text_to_image, load_vocabulary, open_models
 from cogview2.stages._pictures import draw_prompts, fixed_prompts
 from cogview2.stages._runner import StageContext, run_stage
 
@@ -27,11 +27,17 @@ def _engine(context: StageContext, vocabulary: Vocabulary) -> TrainingEngine:
     train, model = recipe.coglm.train, recipe.coglm.model
     deepspeed = resolve(train.deepspeed, train, world.size, cpu=world.device.type == "cpu")
     seed_everything(recipe.seed, world.rank + 1)
+    start = recipe.coglm.init_from
     if train.pipeline_parallel > 1:
         module = pipe_module(model, vocabulary, train.pipeline_parallel, deepspeed["pipeline"], recipe.seed)
+        if start is not None:
+            load_plain_state(module, load_weights(open_models(start).file("coglm")), model)
         return PipeEngine(module, deepspeed, train.optimizer, model)
     plain = CogLMTrainModule(model, vocabulary, "activation_checkpointing" in deepspeed)
-    init_as_pipe(plain.model, recipe.seed)  # the same start whatever the parallelism
+    if start is not None:
+        load_into(plain.model, open_models(start).file("coglm"))
+    else:
+        init_as_pipe(plain.model, recipe.seed)  # the same start whatever the parallelism
     return PlainEngine(plain.to(world.device), deepspeed, train.optimizer, world)
 
 
@@ -51,7 +57,14 @@ def _batches(context: StageContext, vocabulary: Vocabulary, engine: TrainingEngi
     )
     if not share:
         return pairs
-    return MixedBatches(pairs, ShardIndex.load(shards / "text"), text_batch=share, **common)
+    normalisation = objectives.loss_normalisation
+    return MixedBatches(
+        pairs,
+        ShardIndex.load(shards / "text"),
+        text_batch=share,
+        loss_normalisation=normalisation,
+        **common,
+    )
 
 
 def job(context: StageContext) -> None:

@@ -11,8 +11,10 @@ from cogview2.pipeline import fsops
 from cogview2.pipeline.data.records import RefusedError
 from cogview2.pipeline.data.sources import open_source
 from cogview2.pipeline.data.text_corpus import check_readable, read_lines
-from cogview2.pipeline.errors import LaunchError, Preempted
+from cogview2.pipeline.errors import ConfigError, LaunchError, Preempted
 from cogview2.pipeline.tokenizers.train_text import TrainedTokenizer, train
+from cogview2.pipeline.tokenizers.vocabulary import SPECIAL_TOKENS
+from cogview2.stages._loading import open_models
 from cogview2.stages._runner import StageContext, run_stage
 
 logger = logging.getLogger(__name__)
@@ -81,6 +83,29 @@ def _train(context: StageContext) -> None:
     context.finish(stage, {"report": trained.report})
 
 
+def _take(context: StageContext, source: str) -> None:
+    """Take the tokenizer of a run or weights folder as it is."""
+    recipe, stage = context.recipe, context.stage
+    tokenizer = open_models(Path(source)).text_tokenizer()
+    found, wanted = tokenizer.vocabulary, recipe.coglm.model.vocabulary
+    rows = wanted.rows or found.text_end + len(SPECIAL_TOKENS)
+    for key, here, there in (
+        ("vqvae.model.codebook_size", recipe.vqvae.model.codebook_size, found.image_codes),
+        ("coglm.model.vocabulary.text_pieces", wanted.text_pieces, found.text_pieces),
+        ("coglm.model.vocabulary.rows", rows, found.rows),
+    ):
+        if here != there:
+            raise ConfigError(
+                f"tokenizer.take_from {source} has an id layout with {there}, but {key} is {here}; set it to {there}"
+            )
+    fsops.write_bytes(stage.output / "tokenizer.model", tokenizer.model_bytes)
+    found.save(stage.output / "vocabulary.json")
+    report = {"taken_from": source, "pieces": tokenizer.pieces}
+    fsops.write_json(stage.output / "report.json", report)
+    logger.info("tokenizer: taken from %s", source)
+    context.finish(stage, {"report": report})
+
+
 def _wait(context: StageContext) -> None:
     """Wait for rank 0 by its files: a collective would time out long before the tokenizer is trained."""
     seen, changed = None, time.monotonic()
@@ -101,9 +126,10 @@ def _wait(context: StageContext) -> None:
 
 
 def job(context: StageContext) -> None:
-    """Train on rank 0, wait on the others."""
+    """Train, or take, on rank 0; wait on the others."""
+    source = context.recipe.tokenizer.take_from
     if context.world.is_first:
-        _train(context)
+        _train(context) if source is None else _take(context, source)
     else:
         _wait(context)
 

@@ -9,18 +9,19 @@ from cogview2.pipeline.config.deepspeed import resolve
 from cogview2.pipeline.data.pixels import downsample, load_pixels
 from cogview2.pipeline.data.records import RefusedError
 from cogview2.pipeline.data.sources import Source, open_source
-from cogview2.pipeline.distributed.process import gather_objects
+from cogview2.pipeline.distributed.process import barrier, gather_objects
 from cogview2.pipeline.distributed.seeding import seed_everything
-from cogview2.pipeline.errors import Preempted
+from cogview2.pipeline.errors import ConfigError, Preempted
 from cogview2.pipeline.models.vqvae.losses import ms_ssim_scales
-from cogview2.pipeline.models.vqvae.model import RATES
+from cogview2.pipeline.models.vqvae.model import RATES, VQVAE
 from cogview2.pipeline.tokenizers.image import ImageTokenizer
 from cogview2.pipeline.training.batches import ImageBatches
 from cogview2.pipeline.training.engine import PlainEngine, export_weights
 from cogview2.pipeline.training.metrics import MetricsWriter
 from cogview2.pipeline.training.train_modules.vqvae import VQVAETrainModule
 from cogview2.pipeline.training.trainer import SampleCallback, Trainer
-from cogview2.pipeline.weights import WEIGHTS
+from cogview2.pipeline.weights.files import WEIGHTS, save_weights
+from cogview2.stages._loading import CLUSTERS, open_models, save_labels
 from cogview2.stages._pictures import grid, save_png, to_uint8
 from cogview2.stages._runner import StageContext, run_stage
 
@@ -68,15 +69,45 @@ def _reconstructions(
     return draw
 
 
+def _weights_of(context: StageContext, key: str, source: str) -> VQVAE:
+    """Return the VQVAE of a run or weights folder; its sizes must be the recipe's."""
+    vqvae = open_models(Path(source)).vqvae()
+    wanted = context.recipe.vqvae.model.model_dump()
+    for name, value in vqvae.config.model_dump().items():
+        if value != wanted[name]:
+            raise ConfigError(
+                f"vqvae.{key} {source} has {name} {value}, but vqvae.model.{name} is {wanted[name]}; set it to that"
+            )
+    return vqvae
+
+
+def _take(context: StageContext, source: str) -> None:
+    """Take the VQVAE of a run or weights folder as it is, and its clusters where it has some."""
+    if context.world.is_first:
+        vqvae, output = _weights_of(context, "take_from", source), Path(context.stage.output)
+        labels = open_models(Path(source)).labels()
+        if labels is not None:
+            save_labels(output / CLUSTERS, labels)
+        save_weights(output / WEIGHTS, vqvae.state_dict(), {"kind": "vqvae"})
+        logger.info("VQVAE: taken from %s", source)
+        context.finish(context.stage, {"taken_from": source})
+    barrier()
+
+
 def job(context: StageContext) -> None:
     """Train, export, record."""
     recipe, stage, world = context.recipe, context.stage, context.world
     config = recipe.vqvae
+    if config.take_from is not None:
+        _take(context, config.take_from)
+        return
     source = open_source(recipe.data, recipe.seed)
     usable = _usable(context, source, source.splits["train"])
     # Equal weights and codebook on every rank: DeepSpeed broadcasts parameters, not buffers.
     seed_everything(recipe.seed)
     module = VQVAETrainModule(config, recipe.seed, recipe.data.compression_rate).to(world.device)
+    if config.init_from is not None:
+        module.start_from(_weights_of(context, "init_from", config.init_from))
     seed_everything(recipe.seed, world.rank + 1)
     deepspeed = resolve(config.train.deepspeed, config.train, world.size, cpu=world.device.type == "cpu")
     engine = PlainEngine(module, deepspeed, config.train.optimizer, world)

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from cogview2.pipeline.config.data import GENERATED_SOURCE
+from cogview2.pipeline.config.presets import apply_preset
 from cogview2.pipeline.config.problems import Origins, dotted, keys_of, suggestion, validate
 from cogview2.pipeline.config.stages import Recipe
 from cogview2.pipeline.config.yaml_reader import KeyPath, read_file, read_text
@@ -16,7 +17,14 @@ from cogview2.pipeline.errors import ConfigError
 _SUFFIXES = (".yaml", ".yml")
 _PATH_KEYS: tuple[KeyPath, ...] = (
     ("data", "source"),
+    ("tokenizer", "take_from"),
+    ("vqvae", "take_from"),
+    ("vqvae", "init_from"),
     ("vqvae", "perceptual_network"),
+    ("coglm", "init_from"),
+    ("direct_sr", "init_from"),
+    ("iterative_sr", "init_from"),
+    ("sampling", "cluster_labels"),
     ("evaluate", "feature_network"),
     ("evaluate", "weights"),
 )
@@ -111,7 +119,8 @@ def load_recipe(name_or_path: str | Path, overrides: list[str]) -> Recipe:
         overrides: `a.b=c` strings, applied in order; the value is YAML (`[0, 1]`, `true`, `1e-4`, `text`).
 
     Returns:
-        The checked recipe. Relative paths in it, wherever written, start at the working directory.
+        The checked recipe, filled in by its `preset`. Relative paths in it, wherever written, start at the working
+        directory.
 
     Raises:
         ConfigError: one sentence for each problem, with `file:line` or the override, key, value and remedy.
@@ -124,6 +133,7 @@ def load_recipe(name_or_path: str | Path, overrides: list[str]) -> Recipe:
     if isinstance(data, dict):
         for override in overrides:
             _apply_override(data, override, origins)
+        apply_preset(data, origins)
         _resolve_paths(data)
     return validate(Recipe, data, origins, lambda key: f"set it in {path.name} or with --set {key}=VALUE")
 

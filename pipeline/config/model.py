@@ -70,6 +70,11 @@ class CogLMConfig(Config):
     branch_norm_init: Annotated[float, Field(gt=0)] = 1.0
     """Initial weight of the two layer norms on branch outputs (published: 1). At 1 each branch starts as large as a
     normalised vector and drowns embeddings of std `init_std`; narrow models learn faster from a smaller one."""
+    attention_pb_relax: Annotated[float, Field(ge=0)] = 0.0
+    """alpha of softmax((S / alpha - max(S / alpha)) alpha) (spec 2.3); 0, off, as released. CogView had 32. The local
+    attention of super-resolution keeps its scores in float32 and needs none."""
+    layernorm_pb_relax: bool = False
+    """Divide the input of every layer norm by max|x| / 8 first (spec 2.2); off as released."""
     vocabulary: VocabularyConfig = VocabularyConfig(rows=150_010)
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from cogview2.pipeline.config.base import Config
 from cogview2.pipeline.config.data import DataConfig
 from cogview2.pipeline.config.model import CogLMConfig, DirectSRConfig, IterativeSRConfig, VQVAEConfig
+from cogview2.pipeline.config.presets import Preset
 from cogview2.pipeline.config.sampling import SamplingConfig
 from cogview2.pipeline.config.training import TrainConfig
 
@@ -34,6 +35,8 @@ class TokenizerConfig(Config):
     """Train as many pieces as the corpus supports when text_pieces is too many; the id layout keeps its width."""
     rare_frequency: Annotated[float, Field(ge=0)] = 0.0
     """Pieces outside English, Chinese and punctuation, and pieces rarer than this share of the corpus, are `rare`."""
+    take_from: str | None = None
+    """A run or a weights folder whose tokenizer is taken as it is; nothing is trained."""
 
 
 class LossWeights(Config):
@@ -63,6 +66,10 @@ class VQVAEStageConfig(Config):
     step is that of its rates, so train.log_every should be a multiple."""
     autoencoder_steps: Annotated[int, Field(ge=0)] = 0
     """First steps without quantization; the codebook is initialised from data right after them."""
+    take_from: str | None = None
+    """A run or a weights folder whose VQVAE is taken as it is; nothing is trained."""
+    init_from: str | None = None
+    """A run or a weights folder with whose VQVAE training starts."""
     perceptual_network: str | None = None
     """Path of VGG16 weights (docs/evaluation.md); without one a named gradient loss takes its place, said aloud."""
 
@@ -85,6 +92,10 @@ class ObjectiveConfig(Config):
     """Captions that share the text slots of a sample: every language (as published), or one drawn at random."""
     patch_mode: Literal["released", "paper"] = "released"
     """Masked 4x4 patches: a fixed number (released, about 52 % of the image), or until 75 % is covered (paper)."""
+    loss_normalisation: Literal["batch", "region"] = "batch"
+    """Mean of the loss over all loss positions of the micro batch (released), or first over each mask region (paper)."""
+    caption_end: bool = False
+    """Also predict a <pad> after the last token of a caption, so that captioning knows where to stop (published: no)."""
     history_mask: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the generation samples in which some codes are hidden as inputs (published: 0). A hidden code cannot be
     guessed from its neighbours, only from the text: small models obey captions sooner."""
@@ -95,6 +106,8 @@ class CogLMStageConfig(Config):
 
     model: CogLMConfig = CogLMConfig()
     objectives: ObjectiveConfig = ObjectiveConfig()
+    init_from: str | None = None
+    """A run or a weights folder with whose CogLM training starts."""
     train: TrainConfig
 
 
@@ -102,6 +115,8 @@ class DirectSRStageConfig(Config):
     """First half of stage finetune_superres."""
 
     model: DirectSRConfig = DirectSRConfig()
+    init_from: str | None = None
+    """A run or a weights folder with whose direct SR training starts; by default this run's CogLM (spec 4.2)."""
     train: TrainConfig
 
 
@@ -109,6 +124,8 @@ class IterativeSRStageConfig(Config):
     """Second half of stage finetune_superres."""
 
     model: IterativeSRConfig = IterativeSRConfig()
+    init_from: str | None = None
+    """A run or a weights folder with whose iterative SR training starts; by default see `model.init`."""
     train: TrainConfig
 
 
@@ -129,6 +146,14 @@ class EvaluateConfig(Config):
     """Training steps of the drawings' attribute classifier."""
     chunk: Positive = 25
     """Captions drawn together; the unit of work of a rank and of resume."""
+    described: Annotated[int, Field(ge=0)] = 100
+    """Held-out pictures that CogLM describes, in each language."""
+    ranked: Annotated[int, Field(ge=0)] = 0
+    """Held-out captions, in each language, for which several base pictures are drawn and ranked by caption score."""
+    ranking_candidates: Annotated[int, Field(ge=2)] = 4
+    """Base pictures for each of them."""
+    edited: Annotated[int, Field(ge=0)] = 0
+    """Held-out drawings, in each language, of which one object is replaced; generated drawings only."""
 
 
 class Recipe(Config):
@@ -136,6 +161,8 @@ class Recipe(Config):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1234
+    preset: Preset | None = None
+    """Sets what this recipe does not name itself and on which paper and release differ (docs/paper_and_release.md)."""
     launch: LaunchConfig = LaunchConfig()
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()

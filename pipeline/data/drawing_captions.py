@@ -1,11 +1,12 @@
 """Sentences about a drawing, in English and Chinese, with the facts that each one states."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from cogview2.pipeline.data.drawings import Drawn, Scene
+from cogview2.pipeline.data.drawings import COLOURS, SHAPES, Drawn, Scene
 
 _ZH_COLOURS = {"red": "红", "green": "绿", "blue": "蓝", "orange": "橙", "purple": "紫", "black": "黑"}
 _ZH_SHAPES = {
@@ -124,3 +125,27 @@ def describe(scene: Scene, language: str, rng: np.random.Generator) -> tuple[str
         "arrangement": scene.arrangement if placed else None,
         "background": scene.background if with_background else None,
     }
+
+
+_EN_OBJECT = re.compile(rf"\b({'|'.join(COLOURS)}) +({'|'.join(SHAPES)})\b")
+_ZH_COLOUR_NAMES = {word: name for name, word in _ZH_COLOURS.items()}
+_ZH_SHAPE_NAMES = {word: name for name, words in _ZH_SHAPES.items() for word in words}
+# Longer words first: one shape's name ends with another's.
+_ZH_OBJECT = re.compile(
+    rf"({'|'.join(_ZH_COLOUR_NAMES)})色?的?({'|'.join(sorted(_ZH_SHAPE_NAMES, key=len, reverse=True))})"
+)
+
+
+def read_objects(text: str, language: str) -> list[tuple[str, str]]:
+    """Return the (colour, shape) pairs that a caption names, in its order: what `describe` wrote, or a model.
+
+    Words that it does not know are passed over.
+    """
+    if language == "en":
+        return [(str(colour), str(shape)) for colour, shape in _EN_OBJECT.findall(text.lower())]
+    return [(_ZH_COLOUR_NAMES[colour], _ZH_SHAPE_NAMES[shape]) for colour, shape in _ZH_OBJECT.findall(text)]
+
+
+def names_objects(text: str, language: str, objects: Sequence[dict[str, Any]]) -> bool:
+    """Return whether a caption names exactly the colours and shapes of `objects`, whatever their order."""
+    return sorted(read_objects(text, language)) == sorted((o["colour"], o["shape"]) for o in objects)

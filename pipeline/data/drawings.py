@@ -4,9 +4,11 @@ Every picture is a pure function of (seed, split, number). Its metadata holds, f
 that the caption states, so that `oracle.py` can tell from pixels alone whether a picture obeys its caption.
 """
 
+import dataclasses
 import hashlib
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,6 +145,25 @@ def draw_scene(
     return Scene(objects, str(rng.choice(list(BACKGROUNDS))), arrangement)
 
 
+def replace_object(
+    scene: Scene, number: int, pairs: Sequence[tuple[str, str]], rng: np.random.Generator
+) -> Scene:
+    """Return `scene` with another (colour, shape) of `pairs` in place of object `number`, in a colour not yet there."""
+    colours = {drawn.colour for drawn in scene.objects}
+    fitting = [pair for pair in pairs if pair[0] not in colours]
+    colour, shape = fitting[int(rng.integers(len(fitting)))]
+    objects = list(scene.objects)
+    objects[number] = dataclasses.replace(objects[number], colour=colour, shape=shape)
+    return dataclasses.replace(scene, objects=tuple(objects))
+
+
+def object_box(scene: Scene, number: int) -> tuple[float, float, float, float]:
+    """Return x0, y0, x1, y1 of a square that holds object `number` whatever its shape, as shares of the side."""
+    drawn = scene.objects[number]
+    half = SIZES[drawn.size] * (_CROWDED if len(scene.objects) == 3 else 1)
+    return drawn.x - half, drawn.y - half, drawn.x + half, drawn.y + half
+
+
 def _seed_of(seed: int, split: str, number: int) -> int:
     digest = hashlib.sha256(f"{seed}:{split}:{number}".encode()).digest()
     return int.from_bytes(digest[:8], "big")
@@ -161,6 +182,8 @@ class DrawingsSource:
         every = [(colour, shape) for colour in COLOURS for shape in SHAPES]
         self._seen = [pair for pair in every if pair not in unseen]
         self._unseen = sorted(unseen)
+        self.trained_pairs: tuple[tuple[str, str], ...] = tuple(self._seen)
+        """The (colour, shape) pairs that occur in training."""
         counts = {
             "train": config.drawings.count,
             "held_out": config.held_out,

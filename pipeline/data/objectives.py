@@ -7,6 +7,7 @@ then the base codes. labels[i] is the token after i; loss_mask[i] counts the pre
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -23,6 +24,10 @@ PAPER_COVERAGE = 0.75
 TEXT_MASK_SHARE = 0.15
 MEAN_SPAN = 3
 _FIRST_CAPTION_SEGMENT = 2
+_CAPTIONS = 2
+
+Normalisation = Literal["batch", "region"]
+"""See ObjectiveConfig.loss_normalisation."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,22 @@ class Sample:
     """bool."""
     roles: np.ndarray
     """int64: CogLM: see models/coglm/masks.py. Super-resolution: 1 at real text, else 0."""
+    loss_weights: np.ndarray
+    """float32: how much the prediction made at i counts; 0 where there is no loss. See `region_weights`."""
+
+
+def region_weights(regions: np.ndarray, loss_normalisation: Normalisation) -> np.ndarray:
+    """Return the weights w of a sample, float32 [S]; the loss of a micro batch is sum(w CE) / sum(w).
+
+    Args:
+        regions: int [S], 0 where there is no loss; positions of one mask region share a number.
+        loss_normalisation: `batch`: 1 at every loss position (released). `region`: 1 / loss positions of the
+            region, so that the loss is the mean over regions of the mean inside each (paper, eq. 2).
+    """
+    has_loss = regions > 0
+    if loss_normalisation == "batch":
+        return has_loss.astype(np.float32)
+    return np.where(has_loss, 1 / np.maximum(np.bincount(regions)[regions], 1), 0).astype(np.float32)
 
 
 def compose_row(
@@ -80,10 +101,21 @@ def text_image_sample(
     """Draw the objective by `caption_ratio`, then build the sample of a text-image row."""
     if rng.random() < objectives.caption_ratio:
         return understanding_sample(
-            row, rng, patch_mode=objectives.patch_mode, config=config, vocabulary=vocabulary
+            row,
+            rng,
+            patch_mode=objectives.patch_mode,
+            caption_end=objectives.caption_end,
+            loss_normalisation=objectives.loss_normalisation,
+            config=config,
+            vocabulary=vocabulary,
         )
     return generation_sample(
-        row, rng, history_mask=objectives.history_mask, config=config, vocabulary=vocabulary
+        row,
+        rng,
+        history_mask=objectives.history_mask,
+        loss_normalisation=objectives.loss_normalisation,
+        config=config,
+        vocabulary=vocabulary,
     )
 
 
@@ -109,6 +141,7 @@ def generation_sample(
     rng: np.random.Generator,
     *,
     history_mask: float = 0.0,
+    loss_normalisation: Normalisation = "batch",
     config: CogLMConfig,
     vocabulary: Vocabulary,
 ) -> Sample:
@@ -119,6 +152,7 @@ def generation_sample(
         rng: chooses the caption when there are two, and the codes to hide.
         history_mask: probability that codes are hidden as inputs, each with a chance drawn for the sample; every
             code is predicted all the same.
+        loss_normalisation: see `region_weights`; the picture is one region.
         config: gives text_length and image_position.
         vocabulary: gives the special ids.
     """
@@ -138,9 +172,10 @@ def generation_sample(
     roles = np.full_like(tokens, HIDDEN)
     roles[start:stop] = CONTEXT
     roles[start_of_image:] = IMAGE
-    loss_mask = np.zeros(tokens.shape, dtype=bool)
-    loss_mask[start_of_image:-1] = True
-    return Sample(tokens, position_ids, labels, loss_mask, roles)
+    regions = np.zeros_like(tokens)
+    regions[start_of_image:-1] = 1
+    weights = region_weights(regions, loss_normalisation)
+    return Sample(tokens, position_ids, labels, regions > 0, roles, weights)
 
 
 def patch_side(grid: int) -> int:
@@ -160,20 +195,22 @@ def draw_patches(
             column are never masked; `paper` draws corners anywhere until 75 % of the grid is masked.
 
     Returns:
-        (masked, loss), bool [grid, grid]: a cell has loss when its right neighbour belongs to the same patch.
+        (masked bool, regions int64), both [grid, grid]: a cell has loss, and a region above 0, when its right
+        neighbour belongs to the same patch; where patches overlap, the one drawn first has the cell.
     """
     side = patch_side(grid)
     released = patch_mode == "released"
     corners = max(1, grid - side) if released else grid - side + 1
     count = max(1, int(RELEASED_PATCH_SHARE * grid**2 / side**2)) if released else corners**2
-    masked, loss = np.zeros((2, grid, grid), dtype=bool)
-    for corner in rng.permutation(corners**2)[:count]:
+    masked, regions = np.zeros((grid, grid), dtype=bool), np.zeros((grid, grid), dtype=np.int64)
+    for number, corner in enumerate(rng.permutation(corners**2)[:count], start=1):
         if not released and masked.sum() >= PAPER_COVERAGE * grid**2:
             break
         row, column = divmod(int(corner), corners)
         masked[row : row + side, column : column + side] = True
-        loss[row : row + side, column : column + side - 1] = True
-    return masked, loss
+        cells = regions[row : row + side, column : column + side - 1]
+        cells[cells == 0] = number
+    return masked, regions
 
 
 def understanding_sample(
@@ -181,6 +218,8 @@ def understanding_sample(
     rng: np.random.Generator,
     *,
     patch_mode: str = "released",
+    caption_end: bool = False,
+    loss_normalisation: Normalisation = "batch",
     config: CogLMConfig,
     vocabulary: Vocabulary,
 ) -> Sample:
@@ -190,6 +229,9 @@ def understanding_sample(
         row: int64 [text_length + g * g] of `compose_row`.
         rng: draws the patches.
         patch_mode: see `draw_patches`.
+        caption_end: the last token of a caption predicts a pad. Not of a caption that fills all slots, which may
+            have been cut, nor of an empty one.
+        loss_normalisation: see `region_weights`; each caption and each patch is a region.
         config: gives text_length and image_position.
         vocabulary: gives the special ids and the language of a caption.
     """
@@ -198,19 +240,28 @@ def understanding_sample(
     tokens[1:text_length] = row[: text_length - 1]
     position_ids = np.zeros_like(tokens)
     roles = np.full_like(tokens, HIDDEN)
-    loss_mask = np.zeros(tokens.shape, dtype=bool)
+    regions = np.zeros_like(tokens)
+    ends = []
     for index, (start, stop) in enumerate(_caption_spans(row, text_length, vocabulary.pad)):
         # Shifted by one, the caption fills [start + 1, stop + 1), and its start token takes the slot before.
         tokens[start] = vocabulary.start_of(vocabulary.language_of(row[start:stop].tolist()))
         position_ids[start : stop + 1] = np.arange(stop + 1 - start)
         roles[start : stop + 1] = segment_role(_FIRST_CAPTION_SEGMENT + index, reads_image=True)
-        loss_mask[start:stop] = True
+        regions[start:stop] = 1 + index
+        if caption_end and start < stop < text_length - 1:
+            regions[stop] = 1 + index
+            ends.append(stop)
+    labels = _next_tokens(tokens)
+    # Written as a label only: after the first of two captions the slot itself holds the next start token.
+    labels[ends] = vocabulary.pad
     cells = tokens.size - text_length
-    masked, loss = draw_patches(math.isqrt(cells), rng, patch_mode)
+    masked, patches = draw_patches(math.isqrt(cells), rng, patch_mode)
     position_ids[text_length:] = config.image_position + 1 + np.arange(cells)
     roles[text_length:] = np.where(masked.reshape(-1), IMAGE, CONTEXT)
-    loss_mask[text_length:] = loss.reshape(-1)
-    return Sample(tokens, position_ids, _next_tokens(tokens), loss_mask, roles)
+    patches = patches.reshape(-1).astype(np.int64)
+    regions[text_length:] = np.where(patches, _CAPTIONS + patches, 0)
+    weights = region_weights(regions, loss_normalisation)
+    return Sample(tokens, position_ids, labels, regions > 0, roles, weights)
 
 
 def draw_text_regions(length: int, rng: np.random.Generator) -> list[tuple[int, int]]:
@@ -230,24 +281,31 @@ def draw_text_regions(length: int, rng: np.random.Generator) -> list[tuple[int, 
     return list(zip(starts.tolist(), spans.tolist(), strict=True))
 
 
-def text_sample(ids: np.ndarray | Sequence[int], rng: np.random.Generator) -> Sample:
+def text_sample(
+    ids: np.ndarray | Sequence[int],
+    rng: np.random.Generator,
+    *,
+    loss_normalisation: Normalisation = "batch",
+) -> Sample:
     """Pure text: masked regions are predicted from the text around them (spec 2.6 T).
 
     Args:
         ids: text ids, the whole sequence [S], at least 2.
         rng: draws the regions.
+        loss_normalisation: see `region_weights`; each masked span is a region.
     """
     tokens = np.asarray(ids, dtype=np.int64)
     if tokens.size < 2:
         raise DataError(f"a text sample needs at least 2 ids, got {tokens.size}; pack more text together")
     roles = np.full_like(tokens, IMAGE)
-    loss_mask = np.zeros(tokens.shape, dtype=bool)
+    regions = np.zeros_like(tokens)
     free = 0
-    for start, span in draw_text_regions(tokens.size, rng):
+    for number, (start, span) in enumerate(draw_text_regions(tokens.size, rng), start=1):
         roles[free:start] = CONTEXT
-        loss_mask[start : start + span] = True
+        regions[start : start + span] = number
         free = start + span + 1
-    return Sample(tokens, np.arange(tokens.size), _next_tokens(tokens), loss_mask, roles)
+    weights = region_weights(regions, loss_normalisation)
+    return Sample(tokens, np.arange(tokens.size), _next_tokens(tokens), regions > 0, roles, weights)
 
 
 def _superres_sample(
@@ -260,7 +318,7 @@ def _superres_sample(
     labels[-codes.size :] = codes
     loss_mask[-codes.size :] = masked
     roles[: real_text.size] = real_text
-    return Sample(tokens, position_ids, labels, loss_mask, roles)
+    return Sample(tokens, position_ids, labels, loss_mask, roles, loss_mask.astype(np.float32))
 
 
 def direct_sr_sample(

@@ -4,16 +4,28 @@ Dims: n codes, C clusters, E code dim. All in float64 on the CPU: a codebook is 
 what every later image looks like, so it must not depend on a device.
 """
 
+import zipfile
+from pathlib import Path
+
+import numpy as np
 import torch
 
+from cogview2.pipeline.errors import DataError
 from cogview2.pipeline.sampling.noise import uniforms
 
+_ROWS = 1024
+"""Points compared with all centres at one time: 1024 x 500 float64 are 4 MB, about what stays in a cache."""
+_SAME = 1e-12
+"""Squared distance, as a share of the squared lengths, below which points are one: rounding leaves about 1e-15."""
 
-def _squared_distances(points_nE: torch.Tensor, centres_CE: torch.Tensor) -> torch.Tensor:
-    """Return [n, C] by the expanded square, clamped at 0."""
-    products_nC = points_nE @ centres_CE.T
-    squares_nC = points_nE.square().sum(1)[:, None] - 2 * products_nC + centres_CE.square().sum(1)[None, :]
-    return squares_nC.clamp_min_(0)
+
+def _nearest(points_nE: torch.Tensor, centres_CE: torch.Tensor) -> torch.Tensor:
+    """Return the index of each point's nearest centre, int64 [n]; ties go to the lower index."""
+    # |x - c|^2 = |x|^2 + |c|^2 - 2 x c, and |x|^2 is the same for all centres.
+    squares_C = centres_CE.square().sum(1)
+    columns_EC = centres_CE.T.contiguous()
+    parts = [torch.addmm(squares_C, part, columns_EC, alpha=-2).argmin(1) for part in points_nE.split(_ROWS)]
+    return torch.cat(parts)
 
 
 def seed_centres(points_nE: torch.Tensor, clusters: int, seed: int) -> torch.Tensor:
@@ -29,11 +41,16 @@ def seed_centres(points_nE: torch.Tensor, clusters: int, seed: int) -> torch.Ten
     """
     draws = uniforms(seed, 0, "k-means++", clusters, 1)[:, 0].double()
     chosen = [int(draws[0] * len(points_nE))]
+    squares_n = points_nE.square().sum(1)
     nearest_n = torch.full((len(points_nE),), torch.inf, dtype=torch.float64)
     unused_n = torch.ones(len(points_nE), dtype=torch.bool)
     for draw in draws[1:]:
-        unused_n[chosen[-1]] = False
-        distance_n = (points_nE - points_nE[chosen[-1]]).square().sum(1)
+        last = chosen[-1]
+        unused_n[last] = False
+        # One product of a matrix with a vector: the differences themselves would take ten times as long.
+        scale_n = squares_n + squares_n[last]
+        distance_n = torch.addmv(scale_n, points_nE, points_nE[last], alpha=-2)
+        distance_n[distance_n <= _SAME * scale_n] = 0
         nearest_n = torch.minimum(nearest_n, distance_n)
         cumulative_n = nearest_n.cumsum(0)
         if cumulative_n[-1] > 0:
@@ -49,7 +66,7 @@ def lloyd(points_nE: torch.Tensor, centres_CE: torch.Tensor, iterations: int) ->
     A cluster without points is moved to the point that is farthest from its centre (several clusters: to the
     farthest points in turn). Ties go to the lower index.
     """
-    labels_n = _squared_distances(points_nE, centres_CE).argmin(1)
+    labels_n = _nearest(points_nE, centres_CE)
     for _ in range(iterations):
         counts_C = torch.bincount(labels_n, minlength=len(centres_CE))
         sums_CE = torch.zeros_like(centres_CE).index_add_(0, labels_n, points_nE)
@@ -59,7 +76,7 @@ def lloyd(points_nE: torch.Tensor, centres_CE: torch.Tensor, iterations: int) ->
             farthest = spread_n.argsort(descending=True, stable=True)[: int(empty_C.sum())]
             sums_CE[empty_C] = points_nE[farthest]
         centres_CE = sums_CE / counts_C.clamp_min(1)[:, None]
-        new_n = _squared_distances(points_nE, centres_CE).argmin(1)
+        new_n = _nearest(points_nE, centres_CE)
         if torch.equal(new_n, labels_n) and not empty_C.any():
             break
         labels_n = new_n
@@ -89,3 +106,30 @@ def fit_clusters(codebook_nE: torch.Tensor, clusters: int, seed: int, iterations
         )
     centres_CE = seed_centres(points_nE, min(clusters, len(points_nE)), seed)
     return torch.unique(lloyd(points_nE, centres_CE, iterations), return_inverse=True)[1]
+
+
+def load_labels(path: Path, codes: int) -> torch.Tensor:
+    """Return cluster labels from an .npy file, such as the published cluster_label.npy (spec 3.3), int64 [codes].
+
+    Args:
+        path: int64 or another whole-number type, one label from 0 for each code; gaps are harmless.
+        codes: of the codebook they belong to.
+
+    Raises:
+        DataError: no such file, not an .npy of numbers, or labels of another codebook.
+    """
+    remedy = "leave sampling.cluster_labels out to fit clusters to the codebook"
+    try:
+        labels = np.load(path, allow_pickle=False, mmap_mode="r")  # a lying header takes no memory
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        reason = getattr(error, "strerror", None) or "it is not an .npy file of plain numbers"
+        raise DataError(f"cannot read cluster labels from {path}: {reason}; {remedy}") from error
+    if not isinstance(labels, np.ndarray) or labels.shape != (codes,) or labels.dtype.kind not in "iu":
+        found = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, np.ndarray) else "an archive"
+        raise DataError(f"{path} must hold one whole number for each of {codes} codes, not {found}; {remedy}")
+    if codes and (labels.min() < 0 or labels.max() >= codes):
+        raise DataError(
+            f"{path} has labels from {labels.min()} to {labels.max()}, but {codes} codes have clusters 0 to "
+            f"{codes - 1} at most; {remedy}"
+        )
+    return torch.from_numpy(labels.astype(np.int64))

@@ -1,8 +1,9 @@
 """From logits and given uniform numbers to ids: cluster sampling and top-k, pure (spec 3.3, 5.2).
 
-Dims: B independent rows, V ids, C clusters. A draw is the inverse of a cumulative distribution at a uniform
-number that the caller gives, so what is drawn for a row never depends on the other rows of its batch. The
-distributions are kept in float64: another order of summation then practically never changes a draw.
+Dims: B independent rows, V ids, C clusters, W ids of the largest cluster. A draw is the inverse of a cumulative
+distribution at a uniform number that the caller gives, so what is drawn for a row never depends on the other rows of
+its batch. Weights are taken in the float32 of the logits, all sums of them in float64: another order of summation
+then practically never changes a draw.
 """
 
 import torch
@@ -10,12 +11,9 @@ import torch
 from cogview2.pipeline.errors import NumericError
 
 
-def _cluster_masses(logits_BV: torch.Tensor, labels_V: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Return the probability of every cluster, float64 [B, C]."""
-    probabilities_BV = torch.softmax(logits_BV.double() / temperature, dim=-1)
-    clusters = int(labels_V.max()) + 1
-    masses_BC = probabilities_BV.new_zeros(len(logits_BV), clusters)
-    return masses_BC.scatter_add_(1, labels_V.expand_as(probabilities_BV), probabilities_BV)
+def _weights(logits_BV: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return exp((z - max z) / T), float64 [B, V], the exponential taken in the precision of the logits."""
+    return logits_BV.sub(logits_BV.amax(1, keepdim=True)).div_(temperature).exp_().double()
 
 
 def _keep_largest(masses_BC: torch.Tensor, count: int) -> torch.Tensor:
@@ -73,7 +71,10 @@ def cluster_probabilities(
         cluster_temperature: T2.
     """
     _check_labels(logits_BV, labels_V)
-    masses_BC = _keep_largest(_cluster_masses(logits_BV, labels_V, temperature), top_k_clusters)
+    weights_BV = _weights(logits_BV.double(), temperature)
+    masses_BC = weights_BV.new_zeros(len(logits_BV), int(labels_V.max()) + 1)
+    masses_BC.scatter_add_(1, labels_V.expand_as(weights_BV), weights_BV)
+    masses_BC = _keep_largest(masses_BC, top_k_clusters)
     masses_BC = masses_BC / masses_BC.sum(1, keepdim=True)
     scaled_BV = logits_BV.double() / (temperature * cluster_temperature)
     labels_BV = labels_V.expand_as(scaled_BV)
@@ -85,6 +86,52 @@ def cluster_probabilities(
     return (inside_BV * masses_BC.gather(1, labels_BV)).float()
 
 
+class ClusterSampler:
+    """Cluster sampling (spec 3.3) of many logits with the same labels: what the labels decide is prepared once."""
+
+    def __init__(
+        self, labels_V: torch.Tensor, *, temperature: float, top_k_clusters: int, cluster_temperature: float
+    ) -> None:
+        """Sort the ids by cluster.
+
+        Args:
+            labels_V: int64 on the device of the logits to come, the cluster of every id.
+            temperature, top_k_clusters, cluster_temperature: see `cluster_probabilities`.
+        """
+        self._labels_V, self._top_k = labels_V, top_k_clusters
+        self._temperature, self._cluster_temperature = temperature, cluster_temperature
+        self._order_V = labels_V.argsort(stable=True)
+        self._sizes_C = torch.bincount(labels_V)
+        self._starts_C = self._sizes_C.cumsum(0) - self._sizes_C
+        self._places_W = torch.arange(int(self._sizes_C.max()), device=labels_V.device)
+
+    def __call__(self, logits_BV: torch.Tensor, uniforms_B2: torch.Tensor) -> torch.Tensor:
+        """Draw one id for each row, int64 [B].
+
+        Args:
+            logits_BV: float.
+            uniforms_B2: in [0, 1); the first column chooses the cluster, the second the id inside it.
+
+        Raises:
+            NumericError: logits that are not finite.
+            ValueError: not one label for each id, or not two uniforms for each row.
+        """
+        _check_labels(logits_BV, self._labels_V)
+        _check_uniforms(logits_BV, uniforms_B2, (len(logits_BV), 2))
+        weights_BV = _weights(logits_BV, self._temperature)
+        masses_BC = weights_BV.new_zeros(len(logits_BV), len(self._sizes_C))
+        masses_BC.scatter_add_(1, self._labels_V.expand_as(weights_BV), weights_BV)
+        cluster_B = _inverse_cdf(_keep_largest(masses_BC, self._top_k), uniforms_B2[:, 0])
+        # Only the drawn cluster's ids from here on: a few of 20000. Slots past its end weigh nothing.
+        ids_BW = self._order_V[
+            (self._starts_C[cluster_B][:, None] + self._places_W).clamp_max(len(self._labels_V) - 1)
+        ]
+        outside_BW = self._places_W >= self._sizes_C[cluster_B][:, None]
+        inside_BW = logits_BV.gather(1, ids_BW).double() / (self._temperature * self._cluster_temperature)
+        chances_BW = torch.softmax(inside_BW.masked_fill_(outside_BW, -torch.inf), dim=-1)
+        return ids_BW.gather(1, _inverse_cdf(chances_BW, uniforms_B2[:, 1])[:, None])[:, 0]
+
+
 def draw_cluster(
     logits_BV: torch.Tensor,
     labels_V: torch.Tensor,
@@ -94,20 +141,14 @@ def draw_cluster(
     top_k_clusters: int,
     cluster_temperature: float,
 ) -> torch.Tensor:
-    """Draw one id for each row from `cluster_probabilities`, int64 [B] (spec 3.3).
-
-    Args:
-        logits_BV, labels_V, temperature, top_k_clusters, cluster_temperature: see `cluster_probabilities`.
-        uniforms_B2: in [0, 1); the first column chooses the cluster, the second the id inside it.
-    """
-    _check_labels(logits_BV, labels_V)
-    _check_uniforms(logits_BV, uniforms_B2, (len(logits_BV), 2))
-    masses_BC = _keep_largest(_cluster_masses(logits_BV, labels_V, temperature), top_k_clusters)
-    cluster_B = _inverse_cdf(masses_BC, uniforms_B2[:, 0])
-    scaled_BV = logits_BV.double() / (temperature * cluster_temperature)
-    outside_BV = labels_V[None, :] != cluster_B[:, None]
-    inside_BV = torch.softmax(scaled_BV.masked_fill(outside_BV, -torch.inf), dim=-1)
-    return _inverse_cdf(inside_BV, uniforms_B2[:, 1])
+    """Draw one id for each row from `cluster_probabilities`, int64 [B]; see ClusterSampler."""
+    sampler = ClusterSampler(
+        labels_V,
+        temperature=temperature,
+        top_k_clusters=top_k_clusters,
+        cluster_temperature=cluster_temperature,
+    )
+    return sampler(logits_BV, uniforms_B2)
 
 
 def draw_top_k(logits_BV: torch.Tensor, uniforms_B: torch.Tensor, k: int, temperature: float) -> torch.Tensor:
@@ -120,8 +161,8 @@ def draw_top_k(logits_BV: torch.Tensor, uniforms_B: torch.Tensor, k: int, temper
         temperature: divides the logits.
     """
     _check_uniforms(logits_BV, uniforms_B, (len(logits_BV),))
-    scaled_BV = logits_BV.double() / temperature
-    if k < scaled_BV.shape[1]:
-        threshold_B1 = scaled_BV.topk(k, dim=1).values[:, -1:]
-        scaled_BV = scaled_BV.masked_fill(scaled_BV < threshold_B1, -torch.inf)
-    return _inverse_cdf(torch.softmax(scaled_BV, dim=-1), uniforms_B)
+    weights_BV = _weights(logits_BV, temperature)
+    if k < logits_BV.shape[1]:
+        threshold_B1 = logits_BV.topk(k, dim=1).values[:, -1:]
+        weights_BV = weights_BV.masked_fill_(logits_BV < threshold_B1, 0)
+    return _inverse_cdf(weights_BV, uniforms_B)

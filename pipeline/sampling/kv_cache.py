@@ -18,7 +18,7 @@ class PreallocatedCache:
         """
         self.length = length
         self._used = [0] * layers
-        self._store: torch.Tensor | None = None
+        self._store: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def append(
         self, layer: int, k_BNSK: torch.Tensor, v_BNSK: torch.Tensor
@@ -34,10 +34,11 @@ class PreallocatedCache:
             raise ValueError(
                 f"the cache holds {self.length} tokens, not {stop}; make it as long as the whole sequence"
             )
-        if self._store is None:
+        if not self._store:
             batch, heads, _, width = k_BNSK.shape
-            self._store = k_BNSK.new_empty(2, len(self._used), batch, heads, self.length, width)
-        keys, values = self._store[:, layer]
+            memory = k_BNSK.new_empty(len(self._used), 2, batch, heads, self.length, width)
+            self._store = [(keys, values) for keys, values in memory]
+        keys, values = self._store[layer]
         keys[:, :, start:stop] = k_BNSK
         values[:, :, start:stop] = v_BNSK
         self._used[layer] = stop

@@ -10,8 +10,8 @@ import torch
 from cogview2.pipeline.config.sampling import DirectSRSamplingConfig, IterativeSRSamplingConfig
 from cogview2.pipeline.models.sr.direct import DirectSR
 from cogview2.pipeline.models.sr.iterative import IterativeSR
-from cogview2.pipeline.models.sr.layout import PASSES, direct_inputs, iterative_inputs, lopar_masks
-from cogview2.pipeline.sampling.decoding import draw_cluster, draw_top_k
+from cogview2.pipeline.models.sr.layout import direct_inputs, iterative_inputs, lopar_masks
+from cogview2.pipeline.sampling.decoding import ClusterSampler, draw_top_k
 from cogview2.pipeline.sampling.inference import device_of, inference
 from cogview2.pipeline.tokenizers.vocabulary import Vocabulary
 
@@ -63,7 +63,6 @@ def direct_superres(
     """
     device, cells = device_of(model), (model.base_grid * model.ratio) ** 2
     _check_uniforms(uniforms_BG2, (len(text_ids), cells, 2))
-    labels_V = labels.to(device)
     inputs = direct_inputs(
         text_ids,
         base_codes_BM.to(device),
@@ -74,15 +73,15 @@ def direct_superres(
         start_of_image=vocabulary.start_of_image,
     )
 
+    sampler = ClusterSampler(
+        labels.to(device),
+        temperature=config.temperature,
+        top_k_clusters=config.top_k_clusters,
+        cluster_temperature=config.cluster_temperature,
+    )
+
     def draw(hidden_PD: torch.Tensor, uniforms_P2: torch.Tensor) -> torch.Tensor:
-        return draw_cluster(
-            model.logits(hidden_PD, vocabulary.image_codes),
-            labels_V,
-            uniforms_P2,
-            temperature=config.temperature,
-            top_k_clusters=config.top_k_clusters,
-            cluster_temperature=config.cluster_temperature,
-        )
+        return sampler(model.logits(hidden_PD, vocabulary.image_codes), uniforms_P2)
 
     with inference(model):
         hidden_PD = model(*inputs)[:, -cells:].flatten(0, 1)
@@ -98,11 +97,13 @@ def iterative_superres(
     *,
     vocabulary: Vocabulary,
     config: IterativeSRSamplingConfig,
+    edit_mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Draw the open cells again in each of the 6 LoPAR passes (spec 5.2).
+    """Draw the open cells again in each LoPAR pass (spec 5.2).
 
     Before pass m every cell of value m or more is masked; all of them are drawn at once, so a cell of value m
-    is final after pass m. Cells of value 0 or less keep the code they came with.
+    is final after pass m. Cells of value 0 or less keep the code they came with. A pass without any open cell
+    needs no model run.
 
     Args:
         model: on any device, in any mode; its mode is restored.
@@ -110,17 +111,27 @@ def iterative_superres(
         codes_BG: int64, from direct super-resolution; not changed.
         uniforms_PBG: in [0, 1), for every pass, image and cell.
         vocabulary: the id layout; only its image codes can be drawn.
-        config: temperature and the top-k of each pass.
+        config: schedule, temperature and the top-k of each pass.
+        edit_mask: bool [B or 1, G]; cells outside it keep their code too (spec 7).
 
     Returns:
         int64 [B, G] in raster order, on the model's device.
     """
     device, cells = device_of(model), model.grid**2
-    _check_uniforms(uniforms_PBG, (PASSES, len(text_ids), cells))
+    _check_uniforms(uniforms_PBG, (config.passes, len(text_ids), cells))
     codes_BG, uniforms_PBG = codes_BG.to(device, copy=True), uniforms_PBG.to(device)
+    editable_BG = torch.ones_like(codes_BG, dtype=torch.bool)
+    if edit_mask is not None:
+        if edit_mask.dtype != torch.bool or edit_mask.shape not in ((1, cells), (len(text_ids), cells)):
+            raise ValueError(
+                f"an edit mask is bool [{len(text_ids)} or 1, {cells}], got {edit_mask.dtype} {list(edit_mask.shape)}"
+            )
+        editable_BG &= edit_mask.to(device)
     with inference(model):
-        for step, mask in enumerate(lopar_masks(model.grid)):
-            open_BG = mask.to(device).flatten().expand_as(codes_BG)
+        for step, mask in enumerate(lopar_masks(model.grid, config)):
+            open_BG = mask.to(device).flatten() & editable_BG
+            if not open_BG.any():
+                continue
             inputs = iterative_inputs(
                 text_ids,
                 codes_BG.masked_fill(open_BG, vocabulary.start_of_image),
@@ -128,11 +139,12 @@ def iterative_superres(
                 coglm=model.base,
                 grid=model.grid,
             )
-            top_k = config.top_k[step]
+            top_k = config.top_k_of_passes[step]
 
             def draw(hidden_PD: torch.Tensor, uniforms_P: torch.Tensor, top_k: int = top_k) -> torch.Tensor:
-                logits_PV = model.logits(hidden_PD, vocabulary.image_codes)
-                return draw_top_k(logits_PV, uniforms_P, top_k, config.temperature)
+                return draw_top_k(
+                    model.logits(hidden_PD, vocabulary.image_codes), uniforms_P, top_k, config.temperature
+                )
 
             hidden_BGD = model(*inputs)[:, -cells:]
             codes_BG[open_BG] = _draw_in_chunks(hidden_BGD[open_BG], uniforms_PBG[step][open_BG], draw)

@@ -1,19 +1,23 @@
 """From prompts to pictures: base codes, direct and iterative super-resolution, pixels (spec 0)."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+from torch import nn
 
 from cogview2.pipeline.config.sampling import SamplingConfig
 from cogview2.pipeline.errors import ConfigError, DataError
 from cogview2.pipeline.models.coglm.model import CogLM
 from cogview2.pipeline.models.sr.direct import DirectSR
 from cogview2.pipeline.models.sr.iterative import IterativeSR
-from cogview2.pipeline.models.sr.layout import PASSES
 from cogview2.pipeline.sampling.autoregressive import sample_base_codes
-from cogview2.pipeline.sampling.noise import batch_uniforms
+from cogview2.pipeline.sampling.meter import Meter, measured
+from cogview2.pipeline.sampling.noise import uniforms
+from cogview2.pipeline.sampling.reranking import caption_log_likelihood
+from cogview2.pipeline.sampling.styles import Style
 from cogview2.pipeline.sampling.superres import direct_superres, iterative_superres
 from cogview2.pipeline.tokenizers.image import ImageTokenizer
 from cogview2.pipeline.tokenizers.text import TextTokenizer
@@ -21,9 +25,21 @@ from cogview2.pipeline.tokenizers.text import TextTokenizer
 Picture = Literal["base", "direct", "final"]
 
 
+class Pick(NamedTuple):
+    """Which prompt a picture belongs to, and which of its candidates it is."""
+
+    prompt: int
+    candidate: int = 0
+    score: float | None = None
+    """Log likelihood of the prompt as its caption, in nats; None when there was nothing to choose from."""
+
+
 @dataclass(frozen=True)
 class Drawn:
-    """The codes of drawn pictures, int64 on the CPU, in the order of the prompts."""
+    """The codes of drawn pictures, int64 on the CPU, in the order of the prompts.
+
+    B counts pictures: one for each prompt, or those kept of each prompt's candidates side by side.
+    """
 
     base_codes: torch.Tensor
     """[B, base_grid^2]."""
@@ -34,6 +50,10 @@ class Drawn:
     image_tokenizer: ImageTokenizer
     batch: int
     """Pictures decoded together."""
+    picks: tuple[Pick, ...] = ()
+    """Of each picture."""
+    meter: Meter | None = None
+    """Counts what decoding costs."""
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
@@ -41,7 +61,7 @@ class Drawn:
         return ("base", "final") if self.direct_codes is None else ("base", "direct", "final")
 
     def pixels(self, name: Picture = "final") -> torch.Tensor:
-        """Return one picture for each prompt, float32 [B, 3, H, W] in [0, 1] on the CPU; H is grid * rate.
+        """Return the pictures, float32 [B, 3, H, W] in [0, 1] on the CPU; H is grid * rate.
 
         Raises:
             DataError: a picture that was not drawn.
@@ -50,7 +70,14 @@ class Drawn:
             raise DataError(f"there is no picture {name!r}; drawn were {', '.join(self.pictures)}")
         codes = {"base": self.base_codes, "direct": self.direct_codes, "final": self.final_codes}[name]
         assert codes is not None
-        return torch.cat([self.image_tokenizer.decode(part).cpu() for part in codes.split(self.batch)])
+        parts = []
+        for part in codes.split(self.batch):
+            with measured(self.meter, "decode", self._decoder, len(part)):
+                parts.append(self.image_tokenizer.decode(part).cpu())
+        return torch.cat(parts)
+
+    def _decoder(self) -> nn.Module:
+        return self.image_tokenizer.vqvae.decoder(self.image_tokenizer.rate)
 
 
 class TextToImage:
@@ -128,67 +155,187 @@ class TextToImage:
                 raise DataError(f"prompt {number} is empty ({prompt!r}); say what to draw")
         return text_ids
 
-    def draw(self, prompts: Sequence[str], seed: int, first_number: int = 0) -> Drawn:
-        """Draw one picture for each prompt, `sampling.batch` at a time.
+    def with_sampling(self, sampling: SamplingConfig) -> "TextToImage":
+        """Return the same models with other settings; this object stays as it is."""
+        other = copy.copy(self)
+        other.sampling = sampling
+        return other
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seed: int,
+        first_number: int = 0,
+        *,
+        style: Style | None = None,
+        candidates: int | None = None,
+        keep: int = 1,
+        meter: Meter | None = None,
+    ) -> Drawn:
+        """Draw pictures for each prompt, `sampling.batch` at a time.
+
+        With several candidates, base pictures are scored by the likelihood of the prompt, without the style, as
+        their caption (spec 3.5), and only the best go on to super-resolution. Candidate 0 is the picture that is
+        drawn without others.
 
         Args:
             prompts: texts.
             seed: equal seeds draw equal pictures.
-            first_number: number of the first picture; the others count on. Ranks that share a list of prompts
-                give each its place in it.
+            first_number: number of the first prompt's picture; the others count on. Ranks that share a list of
+                prompts give each its place in it.
+            style: what is added to the prompts and changed in `sampling`.
+            candidates: base pictures for each prompt; `sampling.ranking.candidates` by default.
+            keep: how many of them each prompt ends with, best first.
+            meter: counts what the stages cost.
 
         Raises:
-            DataError: no prompts, or an empty one.
+            DataError: no prompts, an empty one, or more to keep than candidates.
         """
         if not prompts:
             raise DataError("there is nothing to draw; give at least one prompt")
-        text_ids = self.encode(prompts)
-        batches = []
-        for start in range(0, len(text_ids), self.sampling.batch):
-            part = text_ids[start : start + self.sampling.batch]
-            numbers = range(first_number + start, first_number + start + len(part))
-            batches.append(self._draw_batch(part, seed, numbers))
-        base, direct, final = zip(*batches, strict=True)
+        style = style or Style()
+        task = _Task(self.with_sampling(style.sampling_for(self.sampling)), seed, meter)
+        candidates = task.cascade.sampling.ranking.candidates if candidates is None else candidates
+        if not 1 <= keep <= candidates:
+            raise DataError(
+                f"{keep} of {candidates} candidates cannot be kept; keep at least 1 and at most all"
+            )
+        queries = self.encode(prompts)
+        text_ids = self.encode([style.prompt(prompt) for prompt in prompts])
+        picks = [Pick(prompt, candidate) for prompt in range(len(prompts)) for candidate in range(candidates)]
+        base_RM = task.base(picks, text_ids, first_number)
+        if candidates > 1:
+            scores_R = task.scores(picks, queries, base_RM)
+            picks = [pick._replace(score=float(score)) for pick, score in zip(picks, scores_R, strict=True)]
+            rows = task.kept(picks, keep)
+            picks, base_RM = [picks[row] for row in rows], base_RM[rows]
+        direct_RG, final_RX = task.superres(picks, text_ids, base_RM, first_number)
         return Drawn(
-            base_codes=torch.cat(base),
-            direct_codes=None if self.direct is None else torch.cat(direct),
-            final_codes=torch.cat(final),
+            base_codes=base_RM,
+            direct_codes=direct_RG,
+            final_codes=final_RX,
             image_tokenizer=self.image_tokenizer,
             batch=self.sampling.batch,
+            picks=tuple(picks),
+            meter=meter,
         )
 
-    def _draw_batch(
-        self, text_ids: list[list[int]], seed: int, numbers: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return base, direct and final codes of one batch; passes without a model repeat those before."""
-        final = direct = base = sample_base_codes(
-            self.coglm,
-            text_ids,
-            batch_uniforms(seed, numbers, "base", self.base_grid**2, 2),
-            grid=self.base_grid,
-            vocabulary=self.vocabulary,
-            labels=self.labels,
-            config=self.sampling.base,
+
+@dataclass(frozen=True)
+class _Task:
+    """One call of `draw`: its settings, its seed, and the batches of each stage."""
+
+    cascade: TextToImage
+    seed: int
+    meter: Meter | None
+
+    def _batches(self, stage: str, model: nn.Module, rows: int) -> Iterator[slice]:
+        """Yield the rows of each batch, measured while the caller works on them."""
+        batch = self.cascade.sampling.batch
+        for start in range(0, rows, batch):
+            part = slice(start, min(start + batch, rows))
+            with measured(self.meter, stage, lambda: model, part.stop - part.start):
+                yield part
+
+    def _noise(
+        self, picks: Sequence[Pick], first_number: int, stage: str, count: int, columns: int
+    ) -> torch.Tensor:
+        """Return float32 [R, count, columns]; the first candidate has the noise of a prompt without candidates."""
+        return torch.stack(
+            [
+                uniforms(
+                    self.seed,
+                    first_number + pick.prompt,
+                    f"{stage}/candidate {pick.candidate}" if pick.candidate else stage,
+                    count,
+                    columns,
+                )
+                for pick in picks
+            ]
         )
-        if self.direct is not None:
-            cells = (self.direct.base_grid * self.direct.ratio) ** 2
-            final = direct = direct_superres(
-                self.direct,
-                text_ids,
-                base,
-                batch_uniforms(seed, numbers, "direct", cells, 2),
-                vocabulary=self.vocabulary,
-                labels=self.labels,
-                config=self.sampling.direct,
+
+    def base(self, picks: list[Pick], text_ids: list[list[int]], first_number: int) -> torch.Tensor:
+        """Return base codes, int64 [R, M] on the CPU."""
+        cascade, parts = self.cascade, []
+        for part in self._batches("base", cascade.coglm, len(picks)):
+            codes = sample_base_codes(
+                cascade.coglm,
+                [text_ids[pick.prompt] for pick in picks[part]],
+                self._noise(picks[part], first_number, "base", cascade.base_grid**2, 2),
+                grid=cascade.base_grid,
+                vocabulary=cascade.vocabulary,
+                labels=cascade.labels,
+                config=cascade.sampling.base,
             )
-        if self.iterative is not None:
-            cells = self.iterative.grid**2
-            final = iterative_superres(
-                self.iterative,
-                text_ids,
-                direct,
-                batch_uniforms(seed, numbers, "iterative", cells, PASSES).permute(2, 0, 1),
-                vocabulary=self.vocabulary,
-                config=self.sampling.iterative,
+            parts.append(codes.cpu())
+        return torch.cat(parts)
+
+    def scores(self, picks: list[Pick], queries: list[list[int]], base_RM: torch.Tensor) -> torch.Tensor:
+        """Return how well each base picture fits its prompt, float32 [R] on the CPU."""
+        cascade, parts = self.cascade, []
+        for part in self._batches("rank", cascade.coglm, len(picks)):
+            scores = caption_log_likelihood(
+                cascade.coglm,
+                [queries[pick.prompt] for pick in picks[part]],
+                base_RM[part],
+                cascade.vocabulary,
+                start=cascade.sampling.ranking.start,
+                softmax=cascade.sampling.ranking.softmax,
+                reduce=cascade.sampling.ranking.reduce,
             )
-        return base.cpu(), direct.cpu(), final.cpu()
+            parts.append(scores)
+        return torch.cat(parts)
+
+    def kept(self, picks: list[Pick], keep: int) -> list[int]:
+        """Return the rows that go on, those of a prompt together, best first; ties keep their order."""
+        ranking, cascade = self.cascade.sampling.ranking, self.cascade
+        counts = ranking.applies == "always" or cascade.direct is None
+        rows = sorted(
+            range(len(picks)),
+            key=lambda row: (picks[row].prompt, -(picks[row].score or 0.0) if counts else 0.0, row),
+        )
+        places: dict[int, int] = {}
+        chosen = []
+        for row in rows:
+            places[picks[row].prompt] = places.get(picks[row].prompt, 0) + 1
+            if places[picks[row].prompt] <= keep:
+                chosen.append(row)
+        return chosen
+
+    def superres(
+        self, picks: list[Pick], text_ids: list[list[int]], base_RM: torch.Tensor, first_number: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Return direct and final codes, int64 [R, G] on the CPU; passes without a model repeat those before."""
+        cascade = self.cascade
+        texts = [text_ids[pick.prompt] for pick in picks]
+        if cascade.direct is None:
+            return None, base_RM
+        cells = (cascade.direct.base_grid * cascade.direct.ratio) ** 2
+        parts = []
+        for part in self._batches("direct", cascade.direct, len(picks)):
+            codes = direct_superres(
+                cascade.direct,
+                texts[part],
+                base_RM[part],
+                self._noise(picks[part], first_number, "direct", cells, 2),
+                vocabulary=cascade.vocabulary,
+                labels=cascade.labels,
+                config=cascade.sampling.direct,
+            )
+            parts.append(codes.cpu())
+        direct_RG = torch.cat(parts)
+        if cascade.iterative is None:
+            return direct_RG, direct_RG
+        parts = []
+        for part in self._batches("iterative", cascade.iterative, len(picks)):
+            passes = cascade.sampling.iterative.passes
+            codes = iterative_superres(
+                cascade.iterative,
+                texts[part],
+                direct_RG[part],
+                self._noise(picks[part], first_number, "iterative", cells, passes).permute(2, 0, 1),
+                vocabulary=cascade.vocabulary,
+                config=cascade.sampling.iterative,
+            )
+            parts.append(codes.cpu())
+        return direct_RG, torch.cat(parts)

@@ -1,6 +1,7 @@
 """Text to model ids and back, with a SentencePiece model; user text never becomes a control id (spec 1.2)."""
 
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
 import sentencepiece
@@ -12,13 +13,17 @@ from cogview2.pipeline.tokenizers.vocabulary import (
     BOUNDARY,
     CONTROL_PIECES,
     NEWLINE,
+    SPECIAL_TOKENS,
     UNK,
     Vocabulary,
 )
 
 NEWLINE_MARK = "\ufdd0"
 """A Unicode noncharacter, never valid in interchanged text: the only spelling of the newline id."""
+DISCOURAGED_SCORE = -100.0
+"""Log probability of a piece that is to be used only where no other fits."""
 _PIECE = model_pb2.ModelProto.SentencePiece
+_NEVER_TEXT = {*CONTROL_PIECES[UNK + 1 : NEWLINE], *SPECIAL_TOKENS}
 
 
 def parse_model(data: bytes, origin: str) -> model_pb2.ModelProto:
@@ -41,11 +46,17 @@ def parse_model(data: bytes, origin: str) -> model_pb2.ModelProto:
     return proto
 
 
+def _is_control(piece: model_pb2.ModelProto.SentencePiece) -> bool:
+    return piece.type != _PIECE.UNKNOWN and piece.piece in _NEVER_TEXT
+
+
 def guarded(proto: model_pb2.ModelProto) -> bytes:
     """Return the model for encoding: same ids and scores, but no piece that user text can spell as a control.
 
-    SentencePiece matches user-defined pieces in the raw text. `<n>` gets a spelling that no text holds; any
-    other user-defined piece becomes a control piece, which is never matched.
+    SentencePiece matches user-defined pieces in the raw text, and ordinary ones in the normalised text. `<n>`
+    gets a spelling that no text holds. Any other user-defined piece, and an ordinary one that spells a control or
+    special token (published code adds those with the best score there is), becomes a control piece, which is
+    never matched.
     """
     copy = model_pb2.ModelProto()
     copy.CopyFrom(proto)
@@ -53,7 +64,7 @@ def guarded(proto: model_pb2.ModelProto) -> bytes:
         if index == NEWLINE:
             piece.piece = NEWLINE_MARK
             piece.type = _PIECE.USER_DEFINED
-        elif piece.type == _PIECE.USER_DEFINED:
+        elif piece.type == _PIECE.USER_DEFINED or _is_control(piece):
             piece.type = _PIECE.CONTROL
     return bytes(copy.SerializeToString(deterministic=True))
 
@@ -92,12 +103,67 @@ class TextTokenizer:
                 "layout; take model and vocabulary from the same tokenizer"
             )
         self.vocabulary = vocabulary
+        self.model_bytes = data
+        """The content of the .model file, as it was read."""
         self.pieces = len(proto.pieces)
         hidden = (_PIECE.CONTROL, _PIECE.UNUSED)
         self._silent = {
-            index for index, piece in enumerate(proto.pieces) if piece.type in hidden and index != NEWLINE
+            index
+            for index, piece in enumerate(proto.pieces)
+            if (piece.type in hidden or _is_control(piece)) and index != NEWLINE
         }
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=guarded(proto))
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=guarded(proto))
+        except RuntimeError as error:
+            raise DataError(
+                f"{origin} is not a usable SentencePiece model ({error}); run train_tokenizer again"
+            ) from error
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return [piece.piece for piece in model_pb2.ModelProto.FromString(self.model_bytes).pieces]
+
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {name: index for index, name in reversed(list(enumerate(self._names)))}
+
+    def piece(self, token: int) -> str:
+        """Return the piece of a text id, as the model spells it (word boundaries are U+2581).
+
+        Raises:
+            DataError: no text id, or one that the model has no piece for.
+        """
+        index = token - self.vocabulary.image_codes
+        if not 0 <= index < self.pieces:
+            first = self.vocabulary.image_codes
+            raise DataError(f"id {token} has no piece; text ids are {first} to {first + self.pieces - 1}")
+        return self._names[index]
+
+    def id_of(self, piece: str) -> int:
+        """Return the text id of a piece, spelled as in the model; the first one of equal pieces.
+
+        Raises:
+            DataError: the model has no such piece.
+        """
+        if piece not in self._index:
+            raise DataError(f"the text model has no piece {piece!r}; encode the text instead")
+        return self._index[piece] + self.vocabulary.image_codes
+
+    def discouraged(self, pieces: Iterable[int]) -> "TextTokenizer":
+        """Return a tokenizer that uses `pieces` only where no others fit; this one stays as it is.
+
+        Args:
+            pieces: SentencePiece ids, without the offset of the image codes, as published (spec 1.2).
+
+        Raises:
+            DataError: a number that is no piece.
+        """
+        proto = model_pb2.ModelProto.FromString(self.model_bytes)
+        for index in pieces:
+            if not 0 <= index < self.pieces:
+                raise DataError(f"{index} is no piece; SentencePiece ids are 0 to {self.pieces - 1}")
+            proto.pieces[index].score = DISCOURAGED_SCORE
+        return self.from_bytes(proto.SerializeToString(deterministic=True), self.vocabulary)
 
     def encode(self, text: str, *, keep_newlines: bool = False) -> list[int]:
         """Return the model ids of `text`.

@@ -11,6 +11,7 @@ from cogview2.pipeline.config.model import CogLMConfig, DirectSRConfig, Iterativ
 from cogview2.pipeline.config.stages import ObjectiveConfig
 from cogview2.pipeline.data.loader import StepLoader, sample_rng
 from cogview2.pipeline.data.objectives import (
+    Normalisation,
     Sample,
     compose_row,
     direct_sr_sample,
@@ -99,7 +100,7 @@ class ImageBatches:
 
 
 def _to_batch(samples: list[Sample], accumulation: int) -> list[Batch]:
-    fields = ("tokens", "position_ids", "labels", "loss_mask", "roles")
+    fields = ("tokens", "position_ids", "labels", "loss_mask", "roles", "loss_weights")
     return _cut(
         [{f: torch.from_numpy(getattr(sample, f)) for f in fields} for sample in samples], accumulation
     )
@@ -164,12 +165,14 @@ class MixedBatches:
         *,
         seed: int,
         text_batch: int,
+        loss_normalisation: Normalisation = "batch",
         accumulation: int,
         data_rank: int,
         data_size: int,
     ) -> None:
         """Add `text_batch` samples of `text` (over all ranks) to each step of `pairs`."""
         self._pairs, self._text, self._seed, self._accumulation = pairs, text, seed, accumulation
+        self._loss_normalisation: Normalisation = loss_normalisation
         self.plan, self.dataset_sha256 = pairs.plan, pairs.dataset_sha256
         self._text_plan = SamplePlan(text.sizes, seed)
         self._loader = StepLoader(text.read_text, self._text_plan, text_batch, data_rank, data_size)
@@ -179,7 +182,11 @@ class MixedBatches:
         places = self._loader.positions(step)
         rows = self._loader.step(step)
         samples = [
-            text_sample(row, sample_rng(self._seed, epoch, str(index), "text"))
+            text_sample(
+                row,
+                sample_rng(self._seed, epoch, str(index), "text"),
+                loss_normalisation=self._loss_normalisation,
+            )
             for row, (epoch, index) in zip(rows, places, strict=True)
         ]
         pairs = self._pairs.samples(step)

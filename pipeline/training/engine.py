@@ -7,12 +7,12 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from cogview2.pipeline import weights
 from cogview2.pipeline.config.model import CogLMConfig
 from cogview2.pipeline.config.training import OptimizerConfig
 from cogview2.pipeline.distributed.process import World, gather_objects
 from cogview2.pipeline.training.modules import Batch, TrainModule
 from cogview2.pipeline.training.optimizers import build_optimizer, parameter_groups
+from cogview2.pipeline.weights.files import save_weights
 
 DeepSpeedConfig = dict[str, Any]
 
@@ -200,7 +200,7 @@ class PipeEngine(_SavingMixin):
         for batch in micro_batches:
             yield (
                 (batch["tokens"], batch["position_ids"], batch["roles"]),
-                (batch["labels"], batch["loss_mask"]),
+                (batch["labels"], batch["loss_mask"], batch["loss_weights"]),
             )
 
     def full_state(self) -> dict[str, torch.Tensor] | None:
@@ -223,4 +223,4 @@ def export_weights(engine: TrainingEngine, path: Any, metadata: dict[str, str]) 
     """Write the model's weights from rank 0; collective."""
     state = engine.full_state()
     if state is not None:
-        weights.save_weights(path, state, metadata)
+        save_weights(path, state, metadata)

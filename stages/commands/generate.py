@@ -1,10 +1,11 @@
-"""`cogview2 generate RUN "text" ...`: draw pictures for prompts with what a run has trained."""
+"""`cogview2 generate RUN "text" ...`: draw pictures for prompts with the models of a run or a weights folder."""
 
 import argparse
 import datetime
 import io
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from PIL.PngImagePlugin import PngInfo
 from cogview2.pipeline import fsops
 from cogview2.pipeline.command_line import Parser
 from cogview2.pipeline.errors import CogView2Error, DataError, ExitCode
-from cogview2.pipeline.sampling.text_to_image import Drawn, Picture
-from cogview2.stages._loading import load_text_to_image
+from cogview2.pipeline.sampling.meter import Meter
+from cogview2.pipeline.sampling.styles import NO_STYLE, find_style, load_styles
+from cogview2.pipeline.sampling.text_to_image import Drawn, Pick, Picture
+from cogview2.stages.commands._model_options import add_model_options, load_models
 
 _SLUG_CHARACTERS = 40
 _CELL = 240
@@ -54,24 +57,28 @@ def to_images(pixels_BCHW: torch.Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in bytes_BHWC]
 
 
-def sheet(prompts: Sequence[str], rows: Sequence[Sequence[Image.Image]]) -> Image.Image:
+def sheet(
+    prompts: Sequence[str], rows: Sequence[Sequence[Image.Image]], numbers: Sequence[int] | None = None
+) -> Image.Image:
     """Return one picture with a row for each prompt: its number and caption, then its pictures side by side.
 
-    A caption in a script that no installed font can draw is left out; its number remains.
+    A caption in a script that no installed font can draw is left out; its number remains. Numbers count from 0 unless
+    given.
     """
+    numbers = range(len(prompts)) if numbers is None else numbers
     columns = max(map(len, rows))
     height = _CAPTION_HEIGHT + _CELL + _MARGIN
     canvas = Image.new("RGB", (columns * (_CELL + _MARGIN) + _MARGIN, len(rows) * height), "white")
     draw = ImageDraw.Draw(canvas)
-    for number, (prompt, pictures) in enumerate(zip(prompts, rows, strict=True)):
+    for row, (number, prompt, pictures) in enumerate(zip(numbers, prompts, rows, strict=True)):
         font = _font(prompt)
         caption = f"{number:02d}" if font is None else f"{number:02d}  {' '.join(prompt.split())}"
         font = font or ImageFont.load_default(16)
         while draw.textlength(caption, font=font) > canvas.width - 2 * _MARGIN:
             caption = caption[:-2].rstrip("\N{HORIZONTAL ELLIPSIS}") + "\N{HORIZONTAL ELLIPSIS}"
-        draw.text((_MARGIN, number * height + _MARGIN), caption, fill="black", font=font)
+        draw.text((_MARGIN, row * height + _MARGIN), caption, fill="black", font=font)
         for column, picture in enumerate(pictures):
-            corner = (_MARGIN + column * (_CELL + _MARGIN), number * height + _CAPTION_HEIGHT)
+            corner = (_MARGIN + column * (_CELL + _MARGIN), row * height + _CAPTION_HEIGHT)
             canvas.paste(picture.resize((_CELL, _CELL), Image.Resampling.LANCZOS), corner)
     return canvas
 
@@ -87,14 +94,25 @@ def _write(path: Path, picture: Image.Image, facts: dict[str, str]) -> Path:
     return path
 
 
+def _stems(prompts: Sequence[str], picks: Sequence[Pick]) -> list[str]:
+    """Return file names without ending: number and text of the prompt, and from a prompt's second picture on its place."""
+    places: Counter[int] = Counter()
+    stems = []
+    for pick in picks:
+        places[pick.prompt] += 1
+        place = f"-{places[pick.prompt]}" if places[pick.prompt] > 1 else ""
+        stems.append(f"{pick.prompt:02d}-{slug(prompts[pick.prompt])}{place}")
+    return stems
+
+
 def write_pictures(folder: Path, prompts: Sequence[str], drawn: Drawn, seed: int) -> list[Path]:
     """Write `NN-<slug>.png` (final), `NN-<slug>.<name>.png` of the passes before, and `sheet.png`.
 
     Args:
         folder: made if missing; files of the same names are replaced.
-        prompts: texts, one for each picture.
+        prompts: texts; of several pictures of one, the second is `NN-<slug>-2.png`.
         drawn: the pictures.
-        seed: recorded in the files.
+        seed: recorded in the files, with the number of the candidate and its score.
 
     Returns:
         The paths: the final pictures, the others, the sheet.
@@ -103,25 +121,62 @@ def write_pictures(folder: Path, prompts: Sequence[str], drawn: Drawn, seed: int
     # Without super-resolution the base pictures are the final ones.
     names: tuple[Picture, ...] = drawn.pictures if drawn.direct_codes is not None else ("final",)
     pictures = {name: to_images(drawn.pixels(name)) for name in names}
+    picks = drawn.picks or tuple(Pick(number) for number in range(len(prompts)))
+    stems = _stems(prompts, picks)
     paths: list[Path] = []
     for name in reversed(names):
-        for number, (prompt, picture) in enumerate(zip(prompts, pictures[name], strict=True)):
+        for pick, stem, picture in zip(picks, stems, pictures[name], strict=True):
             ending = "png" if name == "final" else f"{name}.png"
-            facts = {"Description": prompt, "Seed": str(seed), "Number": str(number), "Pass": name}
-            paths.append(_write(folder / f"{number:02d}-{slug(prompt)}.{ending}", picture, facts))
+            facts = {"Description": prompts[pick.prompt], "Seed": str(seed), "Number": str(pick.prompt)}
+            facts |= {"Pass": name, "Candidate": str(pick.candidate)}
+            if pick.score is not None:
+                facts["Score"] = f"{pick.score:.4f}"
+            paths.append(_write(folder / f"{stem}.{ending}", picture, facts))
     rows = list(zip(*(pictures[name] for name in names), strict=True))
-    paths.append(_write(folder / "sheet.png", sheet(prompts, rows), {"Seed": str(seed)}))
+    canvas = sheet([prompts[pick.prompt] for pick in picks], rows, [pick.prompt for pick in picks])
+    paths.append(_write(folder / "sheet.png", canvas, {"Seed": str(seed)}))
     return paths
 
 
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+_count.__name__ = "number of at least 1"
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="cogview2 generate", description="Draw pictures for prompts.")
-    parser.add_argument("run", metavar="RUN", type=Path, help="path of a run")
+    parser = Parser(
+        prog="cogview2 generate",
+        description="Draw pictures for prompts. What each stage took is reported on stderr.",
+    )
+    add_model_options(parser)
     parser.add_argument("prompts", metavar="TEXT", nargs="+", help="what to draw, English or Chinese")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/generated/<time>")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     parser.add_argument(
-        "--weights", type=Path, metavar="FILE", help="CogLM weights; default: the run's final ones"
+        "--style",
+        default=NO_STYLE,
+        metavar="NAME",
+        help=f"{', '.join(load_styles())}, or one of --styles; default: {NO_STYLE}",
+    )
+    parser.add_argument("--styles", type=Path, metavar="FILE", help="YAML file of your own styles")
+    parser.add_argument(
+        "--candidates",
+        type=_count,
+        metavar="N",
+        help="base pictures for each prompt, ordered by the prompt's likelihood as their caption; "
+        "default: sampling.ranking.candidates",
+    )
+    parser.add_argument(
+        "--keep", type=_count, default=1, metavar="K", help="how many of them to finish; default: 1"
+    )
+    parser.add_argument("--base-only", action="store_true", help="no super-resolution")
+    parser.add_argument(
+        "--batch", type=_count, metavar="N", help="pictures drawn together; default: sampling.batch"
     )
     return parser.parse_args(argv)
 
@@ -130,11 +185,25 @@ def _generate(arguments: argparse.Namespace) -> list[Path]:
     empty = [number for number, prompt in enumerate(arguments.prompts) if not prompt.strip()]
     if empty:
         raise DataError(f"prompt {empty[0]} is empty; say what to draw")
-    text_to_image = load_text_to_image(arguments.run, coglm_weights=arguments.weights)
-    drawn = text_to_image.draw(arguments.prompts, arguments.seed)
+    style = find_style(arguments.style, arguments.styles)
+    text_to_image = load_models(arguments, superres=not arguments.base_only)
+    if arguments.batch is not None:
+        sampling = text_to_image.sampling.model_copy(update={"batch": arguments.batch})
+        text_to_image = text_to_image.with_sampling(sampling)
+    meter = Meter()
+    drawn = text_to_image.draw(
+        arguments.prompts,
+        arguments.seed,
+        style=style,
+        candidates=arguments.candidates,
+        keep=arguments.keep,
+        meter=meter,
+    )
     moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = arguments.out or arguments.run / "generated" / moment
-    return write_pictures(folder, arguments.prompts, drawn, arguments.seed)
+    paths = write_pictures(folder, arguments.prompts, drawn, arguments.seed)
+    print(meter.table(), file=sys.stderr)
+    return paths
 
 
 def main(argv: Sequence[str] | None = None) -> int:

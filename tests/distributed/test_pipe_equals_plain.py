@@ -34,10 +34,10 @@ class PlainLoss(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens, position_ids, roles, labels, loss_mask):  # noqa: ANN001, ANN201
+    def forward(self, tokens, position_ids, roles, labels, loss_mask, loss_weights):  # noqa: ANN001, ANN201
         hidden = self.model(tokens, position_ids, attention_mask(roles))
         words = self.model.transformer.word_embeddings.weight
-        return coglm_loss(hidden, words, labels, loss_mask, RANGES)
+        return coglm_loss(hidden, words, labels, loss_mask, RANGES, loss_weights)
 
 
 def _sample(rng: np.random.Generator) -> Sample:
@@ -45,13 +45,13 @@ def _sample(rng: np.random.Generator) -> Sample:
     captions = [rng.integers(low, high, 3).tolist(), rng.integers(low, high, 2).tolist()]
     row = compose_row(captions, rng.integers(0, 40, GRID**2), TEXT, VOCABULARY)
     build = generation_sample if rng.random() < 0.5 else understanding_sample
-    return build(row, rng, config=CONFIG, vocabulary=VOCABULARY)
+    return build(row, rng, loss_normalisation="region", config=CONFIG, vocabulary=VOCABULARY)
 
 
 def _batches(step: int) -> list[Batch]:
     rng = np.random.default_rng(step)
     groups = [[_sample(rng) for _ in range(2)] for _ in range(MICRO_BATCHES)]
-    fields = ("tokens", "position_ids", "roles", "labels", "loss_mask")
+    fields = ("tokens", "position_ids", "roles", "labels", "loss_mask", "loss_weights")
     return [
         [torch.from_numpy(np.stack([getattr(sample, name) for sample in group])) for name in fields]
         for group in groups

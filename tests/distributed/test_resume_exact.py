@@ -11,7 +11,7 @@ from cogview2.pipeline.models.coglm.model import CogLM
 from cogview2.pipeline.run_dir import RunDirectory
 from cogview2.pipeline.tokenizers.vocabulary import Vocabulary
 from cogview2.pipeline.training.extract import coglm_state
-from cogview2.pipeline.weights import load_into, load_weights
+from cogview2.pipeline.weights.files import load_into, load_weights
 
 pytestmark = pytest.mark.distributed
 # The tiny recipe trains with Muon under ZeRO 0; these are partitioned and need AdamW.

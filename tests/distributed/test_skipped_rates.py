@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_runs import metrics, new_run, run_stage
 
-from cogview2.pipeline.weights import load_weights
+from cogview2.pipeline.weights.files import load_weights
 
 pytestmark = pytest.mark.distributed
 

@@ -32,7 +32,7 @@ class LossParts(NamedTuple):
     """The loss to minimise, and sums and counts that add up over ranks, for the logged means."""
 
     loss: torch.Tensor
-    """Scalar with gradient: mean cross-entropy in nats over the loss positions; 0 when there are none."""
+    """Scalar with gradient: (weighted) mean cross-entropy in nats over the loss positions; 0 when there are none."""
     sums: torch.Tensor
     """float32 [3], without gradient: summed cross-entropy of image, English and Chinese labels."""
     counts: torch.Tensor
@@ -63,10 +63,22 @@ def coglm_loss(
     labels_BS: torch.Tensor,
     loss_mask_BS: torch.Tensor,
     ranges: LabelRanges,
+    loss_weights_BS: torch.Tensor | None = None,
 ) -> LossParts:
-    """Return sum(l * CE) / sum(l) over the micro batch, and its split; arguments as masked_cross_entropy."""
+    """Return sum(w CE) / sum(w) over the loss positions of the micro batch, and its split.
+
+    Args:
+        hidden_BSD, words_VD, labels_BS, loss_mask_BS: see masked_cross_entropy.
+        ranges: the kinds of labels; their sums and counts are without weights.
+        loss_weights_BS: w, float32, above 0 wherever the loss counts; 1 by default.
+    """
     losses_P, labels_P = masked_cross_entropy(hidden_BSD, words_VD, labels_BS, loss_mask_BS)
-    loss = losses_P.sum() / max(losses_P.numel(), 1)
+    if loss_weights_BS is None:
+        loss = losses_P.sum() / max(losses_P.numel(), 1)
+    else:
+        weights_P = loss_weights_BS[loss_mask_BS].float()
+        # The bound only matters without any loss position: then it makes 0 / 0 a 0.
+        loss = (weights_P * losses_P).sum() / weights_P.sum().clamp(min=torch.finfo(torch.float32).tiny)
     with torch.no_grad():
         kinds = torch.stack([(labels_P >= low) & (labels_P < high) for _, (low, high) in ranges.items()])
         weights = kinds.to(losses_P.dtype)

@@ -23,6 +23,7 @@ from cogview2.pipeline.models.coglm.model import CogLM
 from cogview2.pipeline.models.transformer.attention import score_bias
 from cogview2.pipeline.models.transformer.block import Block
 from cogview2.pipeline.models.transformer.init import Embedding, seeded
+from cogview2.pipeline.models.transformer.norm import LayerNorm
 
 TIED_KEY = "word_embeddings"
 TIED_PATTERN = rf"tied_modules\.{TIED_KEY}\..*"
@@ -31,7 +32,7 @@ _FIRST_BLOCK = 2
 _PREFIX = "transformer."
 
 HiddenAndWords = tuple[torch.Tensor, torch.Tensor]
-LabelsAndMask = tuple[torch.Tensor, torch.Tensor]
+Targets = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 LayerStates = dict[int, dict[str, torch.Tensor]]
 
 
@@ -81,7 +82,7 @@ class PipeBlock(Block):
         return super().forward(hidden_BSD, lambda x_BSD: self.attention(x_BSD, bias)), roles_BS
 
 
-class PipeFinalNorm(nn.LayerNorm):
+class PipeFinalNorm(LayerNorm):
     """(hidden, roles) -> normed hidden."""
 
     def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:  # type: ignore[override]  # a pipe layer takes one tuple
@@ -102,9 +103,10 @@ class PipeLoss:
             (f"{name}_{kind}", torch.zeros(())) for kind in ("loss_sum", "labels") for name in PART_NAMES
         )
 
-    def __call__(self, outputs: HiddenAndWords, targets: LabelsAndMask) -> torch.Tensor:
-        """Return the scalar loss of (hidden [B, S, D], words [V, D]) against (labels, loss mask) [B, S]."""
-        parts = coglm_loss(*outputs, *targets, self.ranges)
+    def __call__(self, outputs: HiddenAndWords, targets: Targets) -> torch.Tensor:
+        """Return the loss of (hidden [B, S, D], words [V, D]) against (labels, loss mask, loss weights) [B, S]."""
+        labels_BS, loss_mask_BS, loss_weights_BS = targets
+        parts = coglm_loss(*outputs, labels_BS, loss_mask_BS, self.ranges, loss_weights_BS)
         values = torch.cat([parts.sums, parts.counts])
         self.parts = OrderedDict(zip(self.parts, values.unbind(), strict=True))
         return parts.loss
@@ -146,7 +148,7 @@ def build_pipeline_module(
     config: CogLMConfig,
     rows: int,
     num_stages: int,
-    loss_fn: Callable[[HiddenAndWords, LabelsAndMask], torch.Tensor],
+    loss_fn: Callable[[HiddenAndWords, Targets], torch.Tensor],
     *,
     activation_checkpoint_interval: int = 0,
     partition_method: str = "parameters",
@@ -154,13 +156,13 @@ def build_pipeline_module(
 ) -> CogLMPipe:
     """Build this rank's share of CogLM. The process group must exist.
 
-    Micro batches are ((tokens, position_ids, roles), (labels, loss_mask)), each [B, S].
+    Micro batches are ((tokens, position_ids, roles), (labels, loss_mask, loss_weights)), each [B, S].
 
     Args:
         config: sizes.
         rows: rows of the word embeddings.
         num_stages: pipe stages; divides the world size.
-        loss_fn: usually a `PipeLoss`; gets ((hidden, words), (labels, loss mask)).
+        loss_fn: usually a `PipeLoss`; gets ((hidden, words), (labels, loss mask, loss weights)).
         activation_checkpoint_interval: layers recomputed together in the backward pass; 0 recomputes none.
         partition_method: how layers are cut into pipe stages, see PipelineModule.
         init_seed: the fresh weights depend on it alone, not on the number of pipe stages or on the rank.
@@ -174,7 +176,7 @@ def build_pipeline_module(
         TiedLayerSpec(TIED_KEY, PipeWords, **words),
         LayerSpec(PipePositions, config, seeds[1]),
         *(LayerSpec(PipeBlock, config, seed) for seed in seeds[_FIRST_BLOCK:]),
-        LayerSpec(PipeFinalNorm, config.hidden, config.layernorm_eps),
+        LayerSpec(PipeFinalNorm, config),
         TiedLayerSpec(TIED_KEY, PipeWords, forward_fn=_expose_head, **words),
     ]
     return CogLMPipe(

@@ -119,7 +119,8 @@ class DirectSR(nn.Module):
     ) -> torch.Tensor:
         """Level 0 with CogLM's attention set, level 1 with the second one over [base cells; its own cells].
 
-        There is no dropout after the output projections here, as published (spec 4.3).
+        There is no dropout after the output projections here, as published (spec 4.3). `attention_pb_relax` is for
+        level 0 alone: the operator of level 1 keeps its scores in float32, where nothing overflows.
         """
         plus, dropout = self.mixins.attention_plus, attention.active_dropout
         q0, k0, v0 = attention.project(x_BSD[:, : self.level0])
@@ -135,7 +136,7 @@ class DirectSR(nn.Module):
             cross_kernel_size=self.config.cross_kernel,
             dropout_p=dropout,
         )
-        out0 = attention.dense(merge_heads(attend(q0, k0, v0, bias, dropout)))
+        out0 = attention.dense(merge_heads(attend(q0, k0, v0, bias, dropout, attention.pb_relax)))
         return torch.cat([out0, plus.dense[layer](merge_grid(cells))], dim=1)
 
     def logits(self, hidden_XD: torch.Tensor, rows: int | None = None) -> torch.Tensor:

@@ -109,7 +109,10 @@ class IterativeSR(nn.Module):
     def _attend(
         self, attention: SelfAttention, x_BSD: torch.Tensor, bias: torch.Tensor, token_bias: torch.Tensor
     ) -> torch.Tensor:
-        """Text attends to the text, cells to the text and their window, with one attention set."""
+        """Text attends to the text, cells to the text and their window, with one attention set.
+
+        `attention_pb_relax` is for the text alone: the cells' operator keeps its scores in float32.
+        """
         length, dropout = self.config.text_length, attention.active_dropout
         q, k, v = attention.project(x_BSD)
         text_q, text_k, text_v = (part[:, :, :length] for part in (q, k, v))
@@ -124,7 +127,7 @@ class IterativeSR(nn.Module):
             additional_bias=token_bias,
             dropout_p=dropout,
         )
-        text = merge_heads(attend(text_q, text_k, text_v, bias, dropout))
+        text = merge_heads(attend(text_q, text_k, text_v, bias, dropout, attention.pb_relax))
         out = attention.dense(torch.cat([text, merge_grid(cells)], dim=1))
         return F.dropout(out, attention.dropout, attention.training)
 

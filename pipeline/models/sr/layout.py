@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from cogview2.pipeline.config.model import CogLMConfig, DirectSRConfig, IterativeSRConfig
+from cogview2.pipeline.config.sampling import IterativeSRSamplingConfig
 
 Row = tuple[np.ndarray, np.ndarray, np.ndarray]
 """tokens int64 [S], position ids int64 [S], real text bool [L]."""
@@ -30,14 +31,87 @@ RELEASED_PATTERN = (
 )
 """LoPAR pattern: a cell of value m >= 1 becomes final in pass m; the others keep their direct SR code."""
 PASSES = 6
+"""Of the released pattern."""
+
+_SPREAD = (0.7548776662466927, 0.5698402909980532)
+"""Steps of the plane's additive sequence with the most even points: powers of 1 / 1.3247..., the root of x^3 = x + 1."""
 
 
-def lopar_masks(grid: int) -> list[torch.Tensor]:
-    """Return which cells each of the 6 passes draws, bool [grid, grid]: the pattern tiled and cropped."""
-    tile = torch.tensor(RELEASED_PATTERN)
-    repeats = -(-grid // len(RELEASED_PATTERN))
-    values = tile.repeat(repeats, repeats)[:grid, :grid]
-    return [values >= step for step in range(1, PASSES + 1)]
+def _merged(counts: Sequence[int], groups: int) -> list[int]:
+    """Return the group of each of several diagonals, runs of neighbours with the least sum of squared cell counts.
+
+    Args:
+        counts: cells of each diagonal.
+        groups: at most len(counts); none is empty. Of equal splits, that with the earliest cuts.
+    """
+    sums = np.concatenate([[0], np.cumsum(counts)]).tolist()
+    # best[end] = (cost, cuts) of the first `end` diagonals in the groups so far.
+    best: dict[int, tuple[int, tuple[int, ...]]] = {0: (0, ())}
+    for group in range(1, groups + 1):
+        best = {
+            end: min(
+                (cost + (sums[end] - sums[start]) ** 2, (*cuts, end))
+                for start, (cost, cuts) in best.items()
+                if start < end
+            )
+            for end in range(group, len(counts) - (groups - group) + 1)
+        }
+    cuts = best[len(counts)][1]
+    return [sum(cut <= diagonal for cut in cuts) for diagonal in range(len(counts))]
+
+
+def diagonal_pattern(window: int, mask_ratio: float, rounds: int) -> np.ndarray:
+    """Return a LoPAR pattern made by rule, int64 [window, window]: 0 = kept, m >= 1 = final in round m (spec 5.2).
+
+    Kept cells lie spread evenly over the tile. The others follow the diagonals r + c: as there are fewer rounds than
+    diagonals as a rule, neighbouring diagonals share one, so that rounds have about equally many cells. With more
+    rounds than diagonals, diagonals are cut.
+
+    Args:
+        window: side of the tile.
+        mask_ratio: share of the cells to draw again; the nearest that whole cells and `rounds` allow.
+        rounds: each with at least one cell.
+
+    Raises:
+        ValueError: more rounds than cells.
+    """
+    cells = window**2
+    if rounds > cells:
+        raise ValueError(
+            f"{rounds} LoPAR rounds need as many cells, a tile of side {window} has {cells}; use fewer"
+        )
+    masked = min(max(round(mask_ratio * cells), rounds), cells)
+    row, column = (part.ravel() for part in np.indices((window, window)))
+    spread = (row * _SPREAD[0] + column * _SPREAD[1]) % 1.0
+    drawn = np.sort(np.argsort(spread, kind="stable")[cells - masked :])
+    drawn = drawn[np.argsort((row + column)[drawn], kind="stable")]
+    diagonals, index, counts = np.unique((row + column)[drawn], return_inverse=True, return_counts=True)
+    values = np.zeros(cells, dtype=np.int64)
+    if rounds <= len(diagonals):
+        values[drawn] = 1 + np.array(_merged(counts.tolist(), rounds))[index]
+    else:
+        values[drawn] = 1 + np.arange(masked) * rounds // masked
+    return values.reshape(window, window)
+
+
+def lopar_masks(grid: int, config: IterativeSRSamplingConfig | None = None) -> list[torch.Tensor]:
+    """Return which cells each round draws, bool [grid, grid]: a pattern tiled and cropped; the released one by default.
+
+    Args:
+        grid: side of the high-resolution grid.
+        config: names the schedule. The tile of a diagonal one is cut to the grid, so that no round is empty.
+
+    Raises:
+        ValueError: a diagonal schedule with more rounds than cells.
+    """
+    if config is None or config.schedule == "released":
+        pattern, rounds = np.array(RELEASED_PATTERN), PASSES
+    else:
+        pattern = diagonal_pattern(min(config.window, grid), config.mask_ratio, config.rounds)
+        rounds = config.rounds
+    repeats = -(-grid // len(pattern))
+    values = torch.from_numpy(pattern).repeat(repeats, repeats)[:grid, :grid]
+    return [values >= step for step in range(1, rounds + 1)]
 
 
 def new_position_rows(

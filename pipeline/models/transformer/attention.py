@@ -3,6 +3,7 @@
 Dims: B batch, S queries, T keys, N heads, K head dim, D hidden = N * K.
 """
 
+import math
 from typing import Protocol
 
 import torch
@@ -13,7 +14,9 @@ from cogview2.pipeline.config.model import CogLMConfig
 from cogview2.pipeline.models.transformer.init import Linear, output_std
 
 HIDDEN_SCORE = -1e30
-HIDDEN_SCORE_HALF = -10_000.0
+HIDDEN_SCORE_HALF = -65_504.0
+"""The least float16 number."""
+_PUBLISHED_HIDDEN_SCORE = -10_000.0
 
 
 class KeyValueCache(Protocol):
@@ -31,8 +34,9 @@ def score_bias(
     """Turn a mask into numbers that are added to the attention scores.
 
     The published rule is scores + W, then -10000 in place of hidden scores: a hidden key gets weight exactly
-    0, and a row without any visible key becomes uniform. Adding -1e30 absorbs the score, so both hold;
-    float16 has no such number and takes -10000.
+    0, and a row without any visible key becomes uniform. Adding -1e30 absorbs the score and W is left out, so
+    both hold in float32, float64 and bfloat16. float16 has no such number and takes its least: hidden keys still
+    get weight 0, but a row without any visible key follows its scores. Such rows are pads, which nobody sees.
 
     Args:
         visible: bool, any shape that broadcasts to [B, N, S, T]; True = visible.
@@ -60,12 +64,43 @@ def merge_heads(out_BNSK: torch.Tensor) -> torch.Tensor:
 
 
 def attend(
-    q_BNSK: torch.Tensor, k_BNTK: torch.Tensor, v_BNTK: torch.Tensor, bias: torch.Tensor, dropout: float
+    q_BNSK: torch.Tensor,
+    k_BNTK: torch.Tensor,
+    v_BNTK: torch.Tensor,
+    bias: torch.Tensor,
+    dropout: float,
+    alpha: float = 0.0,
 ) -> torch.Tensor:
-    """Softmax attention of scale 1 / sqrt(K) with an additive `bias` (see `score_bias`); [B, N, S, K]."""
-    return F.scaled_dot_product_attention(
-        q_BNSK, k_BNTK, v_BNTK, attn_mask=bias.to(q_BNSK.dtype), dropout_p=dropout
-    )
+    """Softmax attention of scale 1 / sqrt(K); [B, N, S, K].
+
+    Args:
+        q_BNSK, k_BNTK, v_BNTK: of one dtype.
+        bias: added to the scores, see `score_bias`.
+        dropout: probability that an attention weight is dropped.
+        alpha: of `relaxed_scores`; 0, the default, takes the fused kernels, whose scores are float32 anyway.
+    """
+    if not alpha:
+        return F.scaled_dot_product_attention(
+            q_BNSK, k_BNTK, v_BNTK, attn_mask=bias.to(q_BNSK.dtype), dropout_p=dropout
+        )
+    weights_BNST = relaxed_scores(q_BNSK, k_BNTK, bias, alpha).softmax(-1)
+    return F.dropout(weights_BNST, dropout) @ v_BNTK
+
+
+def relaxed_scores(
+    q_BNSK: torch.Tensor, k_BNTK: torch.Tensor, bias: torch.Tensor, alpha: float
+) -> torch.Tensor:
+    """Return scores whose softmax is that of S = Q K^T / sqrt(K) + bias, but at most 0: (S/a - max(S/a)) a.
+
+    Everything is computed in the working dtype, as published (spec 2.3, PB-relax): S / a must fit float16, S need
+    not. The maximum is that of the visible keys of a row; hidden scores are exactly -10000.
+    """
+    scaled_BNST = (q_BNSK / (alpha * math.sqrt(q_BNSK.shape[-1]))) @ k_BNTK.mT
+    hidden = bias <= _PUBLISHED_HIDDEN_SCORE
+    scaled_BNST = scaled_BNST + bias.masked_fill(hidden, 0).to(scaled_BNST.dtype) / alpha
+    lowest = torch.finfo(scaled_BNST.dtype).min
+    top_BNS1 = scaled_BNST.detach().masked_fill(hidden, lowest).amax(-1, keepdim=True)
+    return ((scaled_BNST - top_BNS1) * alpha).masked_fill(hidden, _PUBLISHED_HIDDEN_SCORE)
 
 
 class SelfAttention(nn.Module):
@@ -75,6 +110,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.dropout = config.dropout
+        self.pb_relax = config.attention_pb_relax
         self.query_key_value = Linear(config.hidden, 3 * config.hidden, config.init_std)
         self.dense = Linear(config.hidden, config.hidden, output_std(config.init_std, config.layers))
 
@@ -104,5 +140,5 @@ class SelfAttention(nn.Module):
         q, k, v = self.project(x_BSD)
         if cache is not None:
             k, v = cache.append(layer, k, v)
-        out = attend(q, k, v, bias, self.active_dropout)
+        out = attend(q, k, v, bias, self.active_dropout, self.pb_relax)
         return F.dropout(self.dense(merge_heads(out)), self.dropout, self.training)

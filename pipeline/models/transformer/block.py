@@ -9,6 +9,7 @@ from torch import nn
 from cogview2.pipeline.config.model import CogLMConfig
 from cogview2.pipeline.models.transformer.attention import SelfAttention
 from cogview2.pipeline.models.transformer.init import Linear, output_std
+from cogview2.pipeline.models.transformer.norm import LayerNorm
 
 
 class FeedForward(nn.Module):
@@ -32,12 +33,12 @@ class Block(nn.Module):
 
     def __init__(self, config: CogLMConfig) -> None:
         super().__init__()
-        self.input_layernorm = nn.LayerNorm(config.hidden, config.layernorm_eps)
+        self.input_layernorm = LayerNorm(config)
         self.attention = SelfAttention(config)
-        self.third_layernorm = nn.LayerNorm(config.hidden, config.layernorm_eps)
-        self.post_attention_layernorm = nn.LayerNorm(config.hidden, config.layernorm_eps)
+        self.third_layernorm = LayerNorm(config)
+        self.post_attention_layernorm = LayerNorm(config)
         self.mlp = FeedForward(config)
-        self.fourth_layernorm = nn.LayerNorm(config.hidden, config.layernorm_eps)
+        self.fourth_layernorm = LayerNorm(config)
         for norm in (self.third_layernorm, self.fourth_layernorm):
             nn.init.constant_(norm.weight, config.branch_norm_init)
 

@@ -12,6 +12,7 @@ from cogview2.pipeline.config.model import CogLMConfig
 from cogview2.pipeline.models.transformer.attention import SelfAttention
 from cogview2.pipeline.models.transformer.block import Block
 from cogview2.pipeline.models.transformer.init import Embedding
+from cogview2.pipeline.models.transformer.norm import LayerNorm
 
 LayerAttention = Callable[[int, SelfAttention, torch.Tensor], torch.Tensor]
 """(layer index, the layer's attention, normed input [B, S, D]) -> attention output [B, S, D]."""
@@ -27,7 +28,7 @@ class Transformer(nn.Module):
         self.word_embeddings = Embedding(rows, config.hidden, config.init_std)
         self.position_embeddings = Embedding(config.max_positions, config.hidden, config.init_std)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.final_layernorm = nn.LayerNorm(config.hidden, config.layernorm_eps)
+        self.final_layernorm = LayerNorm(config)
 
     def embed(self, tokens_BS: torch.Tensor, positions_BSD: torch.Tensor) -> torch.Tensor:
         """Return dropout(word embeddings + `positions_BSD`), [B, S, D]."""

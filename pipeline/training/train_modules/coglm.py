@@ -16,7 +16,7 @@ def label_ranges(vocabulary: Vocabulary) -> LabelRanges:
 
 
 class CogLMTrainModule(TrainModule):
-    """Batches: tokens, position_ids, roles, labels int64 [B, S]; loss_mask bool [B, S]."""
+    """Batches: tokens, position_ids, roles, labels int64 [B, S]; loss_mask bool, loss_weights float32 [B, S]."""
 
     model: CogLM
     metric_names = PART_NAMES
@@ -30,11 +30,12 @@ class CogLMTrainModule(TrainModule):
         self._ranges = label_ranges(vocabulary)
 
     def forward(self, batch: Batch) -> LossOutput:
-        """Return the mean cross-entropy over the loss positions; the mask is built here, on the device."""
+        """Return the weighted mean cross-entropy of the loss positions; the mask is built here, on the device."""
         model = self.model
         hidden_BSD = model(batch["tokens"], batch["position_ids"], attention_mask(batch["roles"]))
         words_VD = model.transformer.word_embeddings.weight
-        parts = coglm_loss(hidden_BSD, words_VD, batch["labels"], batch["loss_mask"], self._ranges)
+        labels_BS, loss_mask_BS, weights_BS = batch["labels"], batch["loss_mask"], batch["loss_weights"]
+        parts = coglm_loss(hidden_BSD, words_VD, labels_BS, loss_mask_BS, self._ranges, weights_BS)
         return LossOutput(parts.loss, parts.sums, parts.counts)
 
 

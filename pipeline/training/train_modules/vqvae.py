@@ -49,10 +49,16 @@ class VQVAETrainModule(TrainModule):
         self.use = _CodeUse(config.model.codebook_size)
         self.perceptual = build_perceptual(config.perceptual_network)
         self._quantize = config.autoencoder_steps == 0
+        self._has_codebook = False
         self._rates: tuple[int, ...] = RATES
         self._counts: torch.Tensor | None = None
         self._sums: torch.Tensor | None = None
         self._latents: torch.Tensor | None = None
+
+    def start_from(self, trained: VQVAE) -> None:
+        """Go on from the weights of `trained`, same sizes: its codebook is kept, and there is no warm-up without it."""
+        self.model.load_state_dict(trained.state_dict())
+        self._has_codebook = self._quantize = True
 
     def forward(self, batch: Batch) -> LossOutput:
         """Return the weighted sum of the losses, summed over the rates of this step."""
@@ -94,9 +100,9 @@ class VQVAETrainModule(TrainModule):
     def begin_step(self, step: int, micro_batches: list[Batch]) -> None:
         """Switch quantization on after the warm-up, with a codebook from the latents of this very step."""
         self._counts = self._sums = self._latents = None
-        self._quantize = step >= self.config.autoencoder_steps
+        self._quantize = self._has_codebook or step >= self.config.autoencoder_steps
         self._rates = RATES if step % self.config.other_rates_every == 0 else (self.rate,)
-        if step == self.config.autoencoder_steps:
+        if step == self.config.autoencoder_steps and not self._has_codebook:
             self._initialize_codebook(micro_batches)
 
     @torch.no_grad()

@@ -1,7 +1,10 @@
 """The command line: fast, torch-free, one sentence for each refusal, exit codes with a meaning."""
 
+import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -96,26 +99,64 @@ def test_status_and_logs(
     assert capsys.readouterr().out == "line of rank 1\n"
 
 
-def test_a_child_command_gets_the_run_as_a_path_and_its_code_is_ours(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Stands for Python: writes its arguments to this file, and ends with 78; on SIGTERM with 75."""
     monkeypatch.chdir(tmp_path)
+    words = tmp_path / "words"
+    script = tmp_path / "python"
+    script.write_text(
+        f"""#!/bin/sh
+for word; do echo "$word" >> {words}; done
+case "$*" in *forever*) trap "exit 75" TERM; touch started; while :; do sleep 0.02; done;; esac
+exit 78
+"""
+    )
+    script.chmod(0o755)
+    monkeypatch.setattr(cli.sys, "executable", str(script))
+    monkeypatch.setattr(cli, "child_commands", lambda: dict.fromkeys(("generate", "weights"), "x"))
+    return words
+
+
+def test_a_child_command_gets_the_run_as_a_path_and_its_code_is_ours(child: Path) -> None:
     run = RunDirectory(Path("runs/demo")).create(load_recipe("quickstart", []))
-    monkeypatch.setattr(cli, "child_commands", lambda: {"generate": "x"})
-    seen: list[list[str]] = []
-
-    def fake_run(argv: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        seen.append(argv)
-        return subprocess.CompletedProcess(argv, 78)
-
-    monkeypatch.setattr(cli.subprocess, "run", fake_run)
     assert cli.main(["generate", "demo", "a red circle", "--count", "2"]) == 78
-    assert seen[0][1:] == [
+    module = "cogview2.stages.commands.generate"
+    assert child.read_text().splitlines() == [
         "-P",
         "-m",
-        "cogview2.stages.commands.generate",
+        module,
         str(run.path),
         "a red circle",
         "--count",
         "2",
     ]
+
+
+def test_a_weights_folder_takes_the_place_of_a_run(child: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path("folder")
+    folder.mkdir()
+    assert cli.main(["generate", "folder", "a red circle"]) == 73
+    assert "no run 'folder'" in capsys.readouterr().err and not child.exists()
+    (folder / "weights.json").write_text("{}")
+    assert cli.main(["generate", "folder", "a red circle"]) == 78
+    assert child.read_text().splitlines()[3:] == [str(folder.absolute()), "a red circle"]
+
+
+def test_weights_take_any_first_word(child: Path) -> None:
+    assert cli.main(["weights", "import", "--kind", "coglm"]) == 78
+    assert child.read_text().splitlines()[3:] == ["import", "--kind", "coglm"]
+
+
+def test_sigterm_is_handed_on_to_the_child(child: Path) -> None:
+    def stop() -> None:
+        while not Path("started").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert cli.main(["weights", "forever"]) == 75
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -50,6 +50,20 @@ RECORD = {
         "rows": ["en base", "en final"],
         "captions": {"en": ["a held-out <caption>"], "training": ["a caption of training"]},
     },
+    "captioning": {
+        "en": {
+            "pictures": 100,
+            "ended": 1.0,
+            "objects_named": 0.935,
+            "examples": [{"original": "an <old> caption", "said": "a said caption"}],
+        },
+        "zh": {"pictures": 90, "ended": 0.5, "examples": []},
+    },
+    "ranking": {
+        "en": {"captions": 50, "candidates": 4, "obeyed_on_average": 0.815, "obeyed_best_ranked": 0.885}
+    },
+    "editing": {"en": {"edits": 40, "obeyed": 0.775, "outside_l1": 0.0125, "vqvae_outside_l1": 0.0115}},
+    "edited_picture": {"rows": ["before", "after"], "texts": ["a new <caption>"]},
 }
 
 
@@ -159,6 +173,7 @@ def fill(run: RunDirectory) -> None:
     evaluate = run.stage("evaluate")
     (evaluate.output / "evaluation.json").write_text(json.dumps(RECORD))
     (evaluate.output / "samples.png").write_bytes(png(12 * 66, 2 * 66))
+    (evaluate.output / "edits.png").write_bytes(png(8 * 66, 2 * 66))
     for stage in ("train_tokenizer", "train_vqvae", "shard_dataset", "pretrain_coglm"):
         finish(run, stage, loss=1.5)
 
@@ -208,6 +223,13 @@ def test_the_whole_page(run: RunDirectory) -> None:
         "en 1.125 1.062",
         "base 0.031 25.5 0.912",
         "perplexity 172",
+        "en 100 93.5% 100.0%",
+        "zh 90 – 50.0%",
+        "an <old> caption a said caption",
+        "en 50 4 81.5% 88.5%",
+        "en 40 77.5% 0.0125 0.0115",
+        "a new <caption>",
+        "before after",
     ):
         assert words in text, words
     lost = text.partition("Left out, because it is not there: ")[2].partition(". ")[0]

@@ -13,8 +13,19 @@ import pytest
 from cogview2.pipeline.attempt import redacted
 from cogview2.pipeline.config.loading import load_recipe
 from cogview2.pipeline.config.stages import STAGES, Recipe
-from cogview2.pipeline.errors import LockedError, RunDirectoryError
-from cogview2.pipeline.run_dir import DEPENDENCIES, RunDirectory, StageDirectory, recipe_parts, section, units
+from cogview2.pipeline.errors import CheckpointError, LockedError, RunDirectoryError
+from cogview2.pipeline.run_dir import (
+    DEPENDENCIES,
+    MODEL_FILES,
+    RunDirectory,
+    StageDirectory,
+    needed_stages,
+    recipe_parts,
+    section,
+    split_step,
+    units,
+)
+from cogview2.pipeline.weights_manifest import KINDS
 
 
 @pytest.fixture
@@ -121,6 +132,82 @@ def test_iterative_superres_reads_direct_superres_where_it_starts_from_it(run: R
     finish(run, from_direct, "finetune_superres/direct")
     assert output in run.inputs(unit, from_direct) and output not in run.inputs(unit, from_coglm)
     assert run.fingerprint(from_direct, unit) != before
+
+
+def weights_folder(path: Path, content: str, kinds: tuple[str, ...] = KINDS) -> Path:
+    path.mkdir(exist_ok=True)
+    models = {}
+    for kind in kinds:
+        (path / kind).write_text(content)
+        models[kind] = {"file": kind, "bytes": len(content), "sha256": f"sha of {kind} {content}"}
+    (path / "weights.json").write_text(json.dumps({"format": 1, "models": models}))
+    return path
+
+
+OUTSIDE = {
+    "tokenizer.take_from": "train_tokenizer",
+    "vqvae.take_from": "train_vqvae",
+    "vqvae.init_from": "train_vqvae",
+    "coglm.init_from": "pretrain_coglm",
+    "direct_sr.init_from": "finetune_superres/direct",
+    "iterative_sr.init_from": "finetune_superres/iterative",
+    "evaluate.weights": "evaluate",
+}
+
+
+@pytest.mark.parametrize(("key", "unit"), OUTSIDE.items())
+def test_weights_from_elsewhere_are_inputs(
+    run: RunDirectory, recipe: Recipe, tmp_path: Path, key: str, unit: str
+) -> None:
+    folder = weights_folder(tmp_path / "folder", "one")
+    changed = load_recipe("quickstart", [f"{key}={folder}"])
+    inputs = run.inputs(unit, changed)
+    kinds = (
+        KINDS if unit == "evaluate" else [kind for kind, (maker, _) in MODEL_FILES.items() if maker == unit]
+    )
+    assert inputs == {f"{key}:{kind}": f"sha of {kind} one" for kind in kinds}
+    first = run.fingerprint(changed, unit)
+    assert first != run.fingerprint(recipe, unit)
+    weights_folder(folder, "two")
+    assert run.fingerprint(changed, unit) != first
+    for other in set(OUTSIDE.values()) - {unit}:
+        assert run.inputs(other, changed) == {}
+
+
+def test_a_run_serves_as_weights(run: RunDirectory, tmp_path: Path) -> None:
+    other = RunDirectory(tmp_path / "other").create(load_recipe("quickstart", ["name=other"]))
+    changed = load_recipe("quickstart", [f"coglm.init_from={other.path}"])
+    with pytest.raises(CheckpointError, match="coglm.init_from .*other: stage pretrain_coglm .* not done"):
+        run.inputs("pretrain_coglm", changed)
+    stage = other.stage("pretrain_coglm").create()
+    (stage.output / "weights.safetensors").write_text("w")
+    stage.write_done({}, stage.output_files(), "f")
+    (key, digest) = next(iter(run.inputs("pretrain_coglm", changed).items()))
+    assert key == "coglm.init_from:coglm/weights.safetensors" and len(digest) == 64
+
+
+def test_missing_weights_are_refused_unless_the_unit_is_done(run: RunDirectory, tmp_path: Path) -> None:
+    folder = weights_folder(tmp_path / "folder", "one")
+    changed = load_recipe("quickstart", [f"coglm.init_from={folder}"])
+    before = run.inputs("pretrain_coglm", changed)
+    for name in ("coglm", "weights.json"):
+        (folder / name).unlink()
+        with pytest.raises(CheckpointError, match=str(folder)):
+            run.inputs("pretrain_coglm", changed)
+    weights_folder(folder, "one")
+    finish(run, changed, "pretrain_coglm")
+    (folder / "weights.json").unlink()
+    assert run.inputs("pretrain_coglm", changed) == before
+    lacking = weights_folder(tmp_path / "lacking", "x", ("coglm",))
+    with pytest.raises(CheckpointError, match="holds no icetk-image .*weights import --kind icetk-image"):
+        run.inputs("train_vqvae", load_recipe("quickstart", [f"vqvae.take_from={lacking}"]))
+
+
+def test_an_evaluation_of_other_weights_needs_no_training_here(recipe: Recipe, tmp_path: Path) -> None:
+    other = load_recipe("quickstart", [f"evaluate.weights={tmp_path}@7"])
+    assert needed_stages("evaluate", recipe) == DEPENDENCIES["evaluate"]
+    assert needed_stages("evaluate", other) == ("train_tokenizer", "train_vqvae", "shard_dataset")
+    assert split_step("a/b@12") == ("a/b", 12) and split_step("a@b") == ("a@b", None)
 
 
 def test_tables_agree_with_the_recipe(recipe: Recipe) -> None:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from cogview2.pipeline.config.data import DataConfig, DrawingsConfig
-from cogview2.pipeline.data.drawing_captions import describe
+from cogview2.pipeline.data.drawing_captions import describe, names_objects, read_objects
 from cogview2.pipeline.data.drawings import (
     BACKGROUNDS,
     COLOURS,
@@ -16,7 +16,9 @@ from cogview2.pipeline.data.drawings import (
     DrawingsSource,
     Drawn,
     Scene,
+    object_box,
     render,
+    replace_object,
     unseen_pairs,
 )
 
@@ -191,3 +193,52 @@ def test_sentences_name_the_objects_from_left_to_right_and_from_the_top_down(
         assert marks, caption
         used.update(marks)
     assert used == set(MARKS[arrangement][language])
+
+
+def test_captions_are_read_back() -> None:
+    drawn = source()
+    for index in range(200):
+        pair = drawn.read(index)
+        for language, text in pair.captions.items():
+            assert names_objects(text, language, pair.metadata["objects"]), text
+            wanted = [(o["colour"], o["shape"]) for o in pair.metadata["facts"][language]["objects"]]
+            assert read_objects(text, language) == wanted
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("a red square", "en"),
+        ("a red circle and a red circle", "en"),
+        ("a reddish circle", "en"),
+        ("a circle that is red", "en"),
+        ("红色的正方形", "zh"),
+        ("红色的圆和蓝色的圆", "zh"),
+        ("红色背景", "zh"),
+    ],
+)
+def test_other_captions_are_wrong(text: str, language: str) -> None:
+    circle = [{"colour": "red", "shape": "circle"}]
+    assert names_objects("there is a red circle", "en", circle) and names_objects("红圆形", "zh", circle)
+    assert not names_objects(text, language, circle)
+
+
+def test_a_replaced_object_keeps_its_place() -> None:
+    drawn = source()
+    rng = np.random.default_rng(0)
+    for index in range(40):
+        scene = drawn.scene(index)
+        number = int(rng.integers(len(scene.objects)))
+        new = replace_object(scene, number, drawn.trained_pairs, rng)
+        old, made = scene.objects[number], new.objects[number]
+        assert (made.x, made.y, made.size) == (old.x, old.y, old.size) and new.background == scene.background
+        assert made.colour not in {each.colour for each in scene.objects}
+        assert (made.colour, made.shape) in drawn.trained_pairs
+        assert [o for k, o in enumerate(new.objects) if k != number] == [
+            o for k, o in enumerate(scene.objects) if k != number
+        ]
+        before, after = (np.asarray(render(each, 64)).astype(int) for each in (scene, new))
+        x0, y0, x1, y1 = (round(64 * edge) for edge in object_box(scene, number))
+        changed = np.abs(before - after).max(2) > 0
+        changed[max(0, y0 - 1) : y1 + 1, max(0, x0 - 1) : x1 + 1] = False
+        assert not changed.any()

@@ -7,6 +7,7 @@ import torch
 from cogview2.pipeline.config.model import CogLMConfig, DirectSRConfig, IterativeSRConfig
 from cogview2.pipeline.config.stages import ObjectiveConfig
 from cogview2.pipeline.data.objectives import (
+    Sample,
     compose_row,
     direct_sr_sample,
     draw_patches,
@@ -113,10 +114,99 @@ def test_longest_caption_fills_the_shifted_text() -> None:
     assert sample.loss_mask[:8].tolist() == [True] * 7 + [False]
 
 
+def _captions_with_end(captions: list[list[int]], **options: object) -> Sample:
+    row = compose_row(captions, np.arange(64), 8, WORDS)
+    return understanding_sample(row, _rng(), config=TINY, vocabulary=WORDS, **options)  # type: ignore[arg-type]
+
+
+def test_a_caption_end_is_one_more_label_and_nothing_else() -> None:
+    captions = [[ZH, ZH + 1], [EN]]
+    plain, sample = _captions_with_end(captions), _captions_with_end(captions, caption_end=True)
+    assert sample.loss_mask[:8].nonzero()[0].tolist() == [0, 1, 2, 3, 4]
+    # Slot 3 holds the start token of the second caption, and is no continuation of the first.
+    assert sample.labels[:5].tolist() == [ZH, ZH + 1, PAD, EN, PAD]
+    for name in ("tokens", "position_ids", "roles"):
+        assert np.array_equal(getattr(sample, name), getattr(plain, name)), name
+    assert np.array_equal(sample.loss_mask[8:], plain.loss_mask[8:])
+    added = sample.loss_mask & ~plain.loss_mask
+    assert added.nonzero()[0].tolist() == [2, 4] and (sample.labels[added] == PAD).all()
+    assert np.array_equal(sample.labels[~added], plain.labels[~added])
+
+
+@pytest.mark.parametrize(
+    ("captions", "losses"),
+    [
+        ([[EN] * 7], [0, 1, 2, 3, 4, 5, 6]),
+        ([[EN] * 9], [0, 1, 2, 3, 4, 5, 6]),
+        ([[EN] * 6], [0, 1, 2, 3, 4, 5, 6]),
+        ([[ZH] * 3, [EN] * 5], [0, 1, 2, 3, 4, 5, 6]),
+        ([], []),
+    ],
+)
+def test_no_end_is_predicted_of_a_caption_that_may_be_cut_or_is_empty(
+    captions: list[list[int]], losses: list[int]
+) -> None:
+    sample = _captions_with_end(captions, caption_end=True)
+    assert sample.loss_mask[:8].nonzero()[0].tolist() == losses
+    ends = sample.labels[:8][sample.loss_mask[:8]] == PAD
+    cut = captions and sum(map(len, captions)) + len(captions) - 1 >= 7
+    assert ends.sum() == max(0, len(captions) - bool(cut))
+
+
+def test_weights_of_a_region_sum_to_one_and_a_batch_counts_every_position() -> None:
+    captions = [[ZH, ZH + 1], [EN]]
+    plain = _captions_with_end(captions, caption_end=True)
+    assert plain.loss_weights.dtype == np.float32
+    assert np.array_equal(plain.loss_weights, plain.loss_mask)
+    sample = _captions_with_end(captions, caption_end=True, loss_normalisation="region")
+    for name in ("tokens", "position_ids", "labels", "loss_mask", "roles"):
+        assert np.array_equal(getattr(sample, name), getattr(plain, name)), name
+    np.testing.assert_allclose(sample.loss_weights[:8], [1 / 3] * 3 + [1 / 2] * 2 + [0] * 3, rtol=1e-6)
+    # Slowly, for the patches: who has a cell, cell by cell.
+    rng, owner = _rng(), np.zeros((8, 8), dtype=int)
+    for number, corner in enumerate(rng.permutation(4**2)[: int(0.8 * 64 / 16)], start=1):
+        top, left = divmod(int(corner), 4)
+        for row in range(top, top + 4):
+            for column in range(left, left + 3):
+                owner[row, column] = owner[row, column] or number
+    for number in np.unique(owner[owner > 0]):
+        cells = (owner == number).reshape(-1)
+        np.testing.assert_allclose(sample.loss_weights[8:][cells], 1 / cells.sum(), rtol=1e-6)
+    assert not sample.loss_weights[8:][owner.reshape(-1) == 0].any()
+
+
+def test_overlapping_patches_share_no_cell() -> None:
+    regions = [draw_patches(20, _rng(seed))[1] for seed in range(20)]
+    sizes = [np.bincount(each.reshape(-1), minlength=21)[1:] for each in regions]
+    assert all(size.max() <= 12 for size in sizes) and min(size.min() for size in sizes) < 12
+    assert all((each > 0).sum() == size.sum() for each, size in zip(regions, sizes, strict=True))
+
+
+def test_regions_of_generation_and_of_text() -> None:
+    row = compose_row([[EN]], np.arange(64), 8, WORDS)
+    sample = generation_sample(row, _rng(), loss_normalisation="region", config=TINY, vocabulary=WORDS)
+    np.testing.assert_allclose(sample.loss_weights[sample.loss_mask], 1 / 64, rtol=1e-6)
+    regions = draw_text_regions(200, _rng(4))
+    text = text_sample(np.arange(100, 300), _rng(4), loss_normalisation="region")
+    assert text.loss_weights.sum() == pytest.approx(len(regions), rel=1e-5)
+    for start, span in regions:
+        np.testing.assert_allclose(text.loss_weights[start : start + span], 1 / span, rtol=1e-6)
+    assert np.array_equal(text.loss_weights > 0, text.loss_mask)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+def test_the_mixture_hands_every_choice_on(ratio: float) -> None:
+    row = compose_row([[EN]], np.arange(64), 8, WORDS)
+    objectives = ObjectiveConfig(caption_ratio=ratio, caption_end=True, loss_normalisation="region")
+    sample = text_image_sample(row, _rng(), objectives=objectives, config=TINY, vocabulary=WORDS)
+    assert 0 < sample.loss_weights[sample.loss_mask].min() < 1
+    assert (sample.labels[sample.loss_mask] == PAD).sum() == ratio
+
+
 def test_released_patches_have_the_measured_coverage() -> None:
     draws = [draw_patches(20, _rng(seed)) for seed in range(300)]
     masked = np.mean([mask.mean() for mask, _ in draws])
-    loss = np.mean([cells.mean() for _, cells in draws])
+    loss = np.mean([(regions > 0).mean() for _, regions in draws])
     assert masked == pytest.approx(0.518, abs=0.012) and loss == pytest.approx(0.429, abs=0.012)
     assert not any(mask[19].any() or mask[:, 19].any() for mask, _ in draws)
 
@@ -131,7 +221,8 @@ def test_paper_patches_reach_three_quarters_and_every_cell() -> None:
 @pytest.mark.parametrize("grid", [1, 2, 3, 4, 5, 7, 8, 16, 20])
 def test_patches_fit_every_grid(grid: int, mode: str) -> None:
     for seed in range(5):
-        masked, loss = draw_patches(grid, _rng(seed), mode)
+        masked, regions = draw_patches(grid, _rng(seed), mode)
+        loss = regions > 0
         assert masked.shape == (grid, grid) and masked.any()
         assert loss.any() == (patch_side(grid) > 1)
         assert (

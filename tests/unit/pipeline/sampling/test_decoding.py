@@ -9,7 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from cogview2.pipeline.errors import NumericError
-from cogview2.pipeline.sampling.decoding import cluster_probabilities, draw_cluster, draw_top_k
+from cogview2.pipeline.sampling.decoding import (
+    ClusterSampler,
+    cluster_probabilities,
+    draw_cluster,
+    draw_top_k,
+)
 from cogview2.pipeline.sampling.noise import uniforms
 
 FALSE_ALARM = 1e-6
@@ -73,6 +78,36 @@ def test_draws_follow_the_probabilities(t: float, k: int, t2: float) -> None:
     assert not _chi_square_is_fine(ids, cluster_probabilities(logits[:1], labels, t * 1.1, k, t2)[0])
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_draw_is_the_inverse_of_two_cumulative_distributions(seed: int) -> None:
+    """Against sums over all ids in plain Python; labels with gaps and clusters of one id among them."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(20, 30, generator=generator) * 3
+    labels = torch.tensor([0, 2, 3, 9, 9, 9])[torch.randint(0, 6, (30,), generator=generator)]
+    noise = uniforms(seed, 0, "inverse", 20, 2)
+    ours = draw_cluster(
+        logits, labels, noise, temperature=1.15, top_k_clusters=2, cluster_temperature=0.9
+    ).tolist()
+
+    def inverse(weights: list[float], u: float) -> int:
+        total = 0.0
+        for index, weight in enumerate(weights):
+            total += weight
+            if total > u * sum(weights):
+                return index
+        raise AssertionError("unreachable")
+
+    for row in range(20):
+        z = logits[row].tolist()
+        masses = [
+            sum(math.exp(z[i] / 1.15) for i in range(30) if labels[i] == cluster) for cluster in range(10)
+        ]
+        kept = sorted(masses, reverse=True)[:2]
+        cluster = inverse([mass if mass in kept else 0.0 for mass in masses], float(noise[row, 0]))
+        inside = [math.exp(z[i] / 1.15 / 0.9) if labels[i] == cluster else 0.0 for i in range(30)]
+        assert ours[row] == inverse(inside, float(noise[row, 1]))
+
+
 def test_a_row_does_not_depend_on_its_batch() -> None:
     logits, labels = _problem()
     noise = uniforms(1, 0, "rows", 2, 2)
@@ -132,3 +167,26 @@ def test_published_distribution(fixtures: Path) -> None:
     theirs = stored["cluster_sampling/probabilities"]
     assert torch.equal(ours[0] > 0, theirs > 0)
     torch.testing.assert_close(ours[0], theirs, atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.golden
+def test_draws_follow_the_published_distribution(fixtures: Path) -> None:
+    """10000 draws against the stored analytic distribution, at the false-alarm rate above; a wrong T is noticed."""
+    stored = load_file(fixtures / "golden/sampling_calls.safetensors")
+    settings = json.loads((fixtures / "golden/sampling_calls.json").read_text())["cluster_sampling"]
+    logits = stored["cluster_sampling/logits"].view(1, -1)
+    noise = uniforms(3, 0, "golden", 10_000, 2)
+
+    def drawn(factor: float, count: int) -> torch.Tensor:
+        sampler = ClusterSampler(
+            stored["cluster_sampling/cluster_label"],
+            temperature=settings["temperature"] * factor,
+            top_k_clusters=settings["top_k_clusters"],
+            cluster_temperature=settings["in_cluster_temperature"],
+        )
+        return torch.cat([sampler(logits.expand(len(part), -1), part) for part in noise[:count].split(500)])
+
+    theirs = stored["cluster_sampling/probabilities"].flatten()
+    assert _chi_square_is_fine(drawn(1.0, 10_000), theirs)
+    wrong = drawn(2.0, 2000)
+    assert theirs[wrong].eq(0).any() or not _chi_square_is_fine(wrong, theirs)

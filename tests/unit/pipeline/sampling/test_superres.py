@@ -1,5 +1,6 @@
 """Direct and iterative super-resolution: the tensors of every model call, and what is drawn."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -12,7 +13,13 @@ from cogview2.pipeline.config.model import CogLMConfig, DirectSRConfig, Iterativ
 from cogview2.pipeline.config.sampling import DirectSRSamplingConfig, IterativeSRSamplingConfig
 from cogview2.pipeline.models.sr.direct import DirectSR
 from cogview2.pipeline.models.sr.iterative import IterativeSR
-from cogview2.pipeline.models.sr.layout import RELEASED_PATTERN, lopar_masks
+from cogview2.pipeline.models.sr.layout import (
+    RELEASED_PATTERN,
+    diagonal_pattern,
+    direct_inputs,
+    iterative_inputs,
+    lopar_masks,
+)
 from cogview2.pipeline.sampling import superres
 from cogview2.pipeline.sampling.noise import batch_uniforms
 from cogview2.pipeline.sampling.superres import direct_superres, iterative_superres
@@ -130,11 +137,106 @@ def test_a_cell_is_final_after_the_pass_of_its_value() -> None:
     assert torch.equal(final[0], torch.where(values > 0, values, 9)) and len(model.calls) == 6
 
 
+class _Counter(_Recorder):
+    """Draws the number of the pass everywhere."""
+
+    def __init__(self, grid: int) -> None:
+        super().__init__(3 + grid**2, base=BASE, config=IterativeSRConfig(text_length=3), grid=grid)
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(*inputs).expand(len(inputs[0]), -1, -1)
+
+    def logits(self, hidden: torch.Tensor, rows: int) -> torch.Tensor:
+        return torch.zeros(len(hidden), rows).index_fill_(1, torch.tensor([len(self.calls)]), 1e4)
+
+
+def _count(
+    grid: int, rows: int, config: IterativeSRSamplingConfig, edit_mask: torch.Tensor | None = None
+) -> tuple[torch.Tensor, _Counter]:
+    model = _Counter(grid)
+    final = iterative_superres(
+        model,  # type: ignore[arg-type]
+        [[30]] * rows,
+        torch.full((rows, grid**2), 19),
+        torch.zeros(config.passes, rows, grid**2),
+        vocabulary=VOCABULARY,
+        config=config,
+        edit_mask=edit_mask,
+    )
+    return final, model
+
+
+def test_other_schedules_run_as_often_as_they_have_rounds() -> None:
+    config = IterativeSRSamplingConfig(schedule="diagonal", window=4, mask_ratio=0.5, rounds=3, top_k=(7,))
+    final, model = _count(8, 2, config)
+    values = torch.from_numpy(diagonal_pattern(4, 0.5, 3)).repeat(2, 2).flatten()
+    assert len(model.calls) == 3 and torch.equal(final, torch.where(values > 0, values, 19).expand(2, -1))
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_an_edit_mask_keeps_what_is_outside(rows: int) -> None:
+    edited = torch.zeros(rows, 8, 8, dtype=torch.bool)
+    edited[:, 2:5, 1:7] = True
+    edited[-1, 6:] = True
+    final, model = _count(8, 2, IterativeSRSamplingConfig(), edited.flatten(1))
+    values = torch.tensor(RELEASED_PATTERN).repeat(2, 2)[:8, :8].flatten()
+    for row in range(2):
+        inside = edited[min(row, rows - 1)].flatten()
+        assert torch.equal(final[row], torch.where(inside & (values > 0), values, 19))
+        sent = model.calls[0][0][row, 3:] == VOCABULARY.start_of_image
+        assert torch.equal(sent, inside & (values > 0))
+    assert len(model.calls) == 6
+
+
+def test_a_pass_without_open_cells_needs_no_model_run() -> None:
+    edited = torch.zeros(1, 36, dtype=torch.bool)
+    edited[0, [1, 3]] = True  # values 0 and 2
+    final, model = _count(6, 1, IterativeSRSamplingConfig(), edited)
+    assert len(model.calls) == 2 and final[0, 3] == 2 and (final[0] == 19).sum() == 35
+    assert not _count(6, 1, IterativeSRSamplingConfig(), edited & False)[1].calls
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(direct: DirectSR, iterative: IterativeSR, dtype: torch.dtype) -> None:
+    """Hidden states stay near those of float32, and codes are drawn."""
+    base = torch.randint(0, 20, (2, 16), generator=torch.Generator().manual_seed(0))
+    halves = [copy.deepcopy(model).to(dtype) for model in (direct, iterative)]
+    codes = _direct(halves[0], TEXTS, base, [3, 4])  # type: ignore[arg-type]
+    final = _iterative(halves[1], TEXTS, codes, [3, 4])  # type: ignore[arg-type]
+    assert 0 <= final.min() and final.max() < 20
+    inputs = [
+        direct_inputs(
+            TEXTS,
+            base,
+            config=direct.config,
+            coglm=BASE,
+            ratio=2,
+            base_grid=4,
+            start_of_image=VOCABULARY.start_of_image,
+        ),
+        iterative_inputs(TEXTS, codes, config=iterative.config, coglm=BASE, grid=8),
+    ]
+    for model, half, given in zip((direct, iterative), halves, inputs, strict=True):
+        with superres.inference(model, half):
+            exact, rounded = model(*given), half(*given)
+            logits = half.logits(rounded, 20)
+        assert rounded.dtype == dtype and logits.dtype == torch.float32
+        error = (rounded.float() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+        assert error < (0.05 if dtype == torch.bfloat16 else 0.01)
+
+
 def test_refusals(iterative: IterativeSR, direct: DirectSR) -> None:
     with pytest.raises(ValueError, match=r"\[1, 64, 2\]"):
         _direct(direct, TEXTS[:1], torch.zeros(1, 16, dtype=torch.int64), [0, 1])
     with pytest.raises(ValueError, match="top_k"):
         IterativeSRSamplingConfig.model_validate({"top_k": (1, 2)})
+    for wrong in (
+        torch.ones(1, 36),
+        torch.ones(3, 36, dtype=torch.bool),
+        torch.ones(1, 35, dtype=torch.bool),
+    ):
+        with pytest.raises(ValueError, match=r"bool \[2 or 1, 36\]"):
+            _count(6, 2, IterativeSRSamplingConfig(), wrong)
 
 
 @pytest.mark.golden

@@ -190,7 +190,7 @@ def test_accumulation_only_cuts(tmp_path: Path) -> None:
     index = shards(tmp_path / "s")
     one, four = pair_batches(index, accumulation=1).step(2), pair_batches(index, accumulation=4).step(2)
     assert [len(batch["tokens"]) for batch in four] == [2, 2, 2, 2]
-    for name in ("tokens", "position_ids", "labels", "loss_mask", "roles"):
+    for name in ("tokens", "position_ids", "labels", "loss_mask", "roles", "loss_weights"):
         assert rows(one, name) == rows(four, name)
 
 
@@ -220,7 +220,13 @@ def test_each_micro_batch_mixes_pairs_and_text(tmp_path: Path, size: int) -> Non
     for rank in range(size):
         pairs = pair_batches(index, rank, size, global_batch=12)
         mixed = MixedBatches(
-            pairs, text, seed=5, text_batch=4, accumulation=2, data_rank=rank, data_size=size
+            pairs,
+            text,
+            seed=5,
+            text_batch=4,
+            accumulation=2,
+            data_rank=rank,
+            data_size=size,
         )
         assert mixed.plan is pairs.plan
         batches = mixed.step(3)
@@ -244,6 +250,30 @@ def test_each_micro_batch_mixes_pairs_and_text(tmp_path: Path, size: int) -> Non
         ).step(3)
     )
     assert sorted(seen) == sorted(expected)
+
+
+def test_text_samples_count_by_region_where_the_recipe_says_so(tmp_path: Path) -> None:
+    index, text = shards(tmp_path / "s"), text_shards(tmp_path / "t")
+    objectives = ObjectiveConfig(loss_normalisation="region", caption_ratio=0.0)
+    make = partial(coglm_sample, objectives=objectives, config=COGLM, vocabulary=VOCABULARY)
+    mixed = MixedBatches(
+        pair_batches(index, make=make, accumulation=1),
+        text,
+        seed=5,
+        text_batch=8,
+        loss_normalisation="region",
+        accumulation=1,
+        data_rank=0,
+        data_size=1,
+    )
+    shares = set()
+    for batch in [batch for step in range(3) for batch in mixed.step(step)]:
+        sums = batch["loss_weights"].sum(1)
+        torch.testing.assert_close(sums, sums.round())  # whole regions
+        assert torch.equal(batch["loss_weights"] > 0, batch["loss_mask"])
+        torch.testing.assert_close(sums[:8], torch.ones(8))  # a picture is one region
+        shares |= {round(1 / float(weight)) for weight in batch["loss_weights"][8:].unique() if weight}
+    assert shares == {1, 2, 3}  # spans within 15 % of 24 slots
 
 
 @pytest.mark.parametrize(

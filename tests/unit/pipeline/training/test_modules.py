@@ -71,6 +71,7 @@ def _text_batch(positions: int) -> dict[str, torch.Tensor]:
         "position_ids": torch.arange(positions).expand(2, -1) % 24,
         "labels": tokens.roll(-1, 1) % VOCABULARY.image_codes,
         "loss_mask": torch.rand(2, positions) < 0.5,
+        "loss_weights": torch.ones(2, positions),
         "roles": torch.ones(2, positions, dtype=torch.int64),
     }
 

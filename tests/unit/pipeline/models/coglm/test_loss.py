@@ -27,6 +27,29 @@ def test_loss_and_gradients_equal_the_naive_formula() -> None:
         torch.testing.assert_close(ours, expected)
 
 
+def test_region_weights_give_the_mean_over_regions_of_their_means() -> None:
+    hidden, words, labels, _ = _inputs(0.4)
+    regions = torch.tensor([[1, 1, 0, 2, 2, 2, 0], [3, 0, 0, 0, 0, 0, 0], [0, 4, 4, 4, 4, 4, 4]])
+    sizes = torch.bincount(regions.flatten())[regions]
+    weights = torch.where(regions > 0, 1 / sizes, 0)
+    parts = coglm_loss(hidden, words, labels, regions > 0, RANGES, weights)
+    each = F.cross_entropy((hidden @ words.T).flatten(0, 1), labels.flatten(), reduction="none").view(3, 7)
+    slow = torch.stack([each[regions == number].mean() for number in range(1, 5)]).mean()
+    torch.testing.assert_close(parts.loss, slow)
+    grads = torch.autograd.grad(parts.loss, (hidden, words))
+    for ours, expected in zip(grads, torch.autograd.grad(slow, (hidden, words)), strict=True):
+        torch.testing.assert_close(ours, expected)
+    plain = coglm_loss(hidden, words, labels, regions > 0, RANGES)
+    assert abs(float((plain.loss - slow).detach())) > 1e-3
+    assert torch.equal(parts.sums, plain.sums) and torch.equal(parts.counts, plain.counts)
+
+
+def test_equal_weights_change_no_bit() -> None:
+    hidden, words, labels, mask = _inputs(0.4)
+    ones = coglm_loss(hidden, words, labels, mask, RANGES, mask.float())
+    assert torch.equal(ones.loss, coglm_loss(hidden, words, labels, mask, RANGES).loss)
+
+
 def test_split_by_kind_of_label() -> None:
     hidden, words, labels, mask = _inputs(0.7)
     parts = coglm_loss(hidden, words, labels, mask, RANGES)
@@ -40,7 +63,8 @@ def test_split_by_kind_of_label() -> None:
 
 def test_no_loss_positions_give_zero_with_gradients() -> None:
     hidden, words, labels, mask = _inputs(0.0)
-    parts = coglm_loss(hidden, words, labels, mask, RANGES)
+    parts = coglm_loss(hidden, words, labels, mask, RANGES, mask.float())
+    assert float(coglm_loss(hidden, words, labels, mask, RANGES).loss.detach()) == 0
     parts.loss.backward()
     assert parts.loss == 0
     assert not hidden.grad.any() and not words.grad.any()
@@ -50,8 +74,9 @@ def test_pipe_loss_reports_the_same_keys_before_and_after() -> None:
     loss = PipeLoss(RANGES)
     before = list(loss.parts)
     hidden, words, labels, mask = _inputs(0.5)
-    value = loss((hidden, words), (labels, mask))
-    parts = coglm_loss(hidden, words, labels, mask, RANGES)
+    weights = torch.rand(3, 7)
+    value = loss((hidden, words), (labels, mask, weights))
+    parts = coglm_loss(hidden, words, labels, mask, RANGES, weights)
     assert torch.equal(value, parts.loss)
     assert list(loss.parts) == before
     assert loss.parts["english_loss_sum"] == parts.sums[1]

@@ -1,10 +1,15 @@
 """Layouts, masks, new positions and LoPAR passes."""
 
+import itertools
+
 import pytest
 import torch
 
 from cogview2.pipeline.config.model import CogLMConfig, DirectSRConfig, IterativeSRConfig
+from cogview2.pipeline.config.sampling import IterativeSRSamplingConfig
 from cogview2.pipeline.models.sr.layout import (
+    RELEASED_PATTERN,
+    diagonal_pattern,
     direct_inputs,
     iterative_inputs,
     level0_mask,
@@ -84,3 +89,88 @@ def test_inputs_of_a_wrong_shape_are_refused() -> None:
         direct_inputs(
             [[1], [2]], codes, config=DirectSRConfig(), coglm=COGLM, ratio=2, base_grid=2, start_of_image=9
         )
+
+
+SCHEDULES = [
+    (6, 0.75, 6),
+    (6, 0.64, 6),
+    (6, 0.99, 11),
+    (9, 0.75, 6),
+    (4, 0.5, 3),
+    (3, 0.5, 5),
+    (2, 0.1, 4),
+    (1, 0.5, 1),
+]
+
+
+@pytest.mark.parametrize(("window", "ratio", "rounds"), SCHEDULES)
+def test_diagonal_schedule(window: int, ratio: float, rounds: int) -> None:
+    """Shares, rounds and order against what the words say, counted cell by cell."""
+    values = diagonal_pattern(window, ratio, rounds).tolist()
+    cells = {(r, c): values[r][c] for r in range(window) for c in range(window)}
+    drawn = {cell: value for cell, value in cells.items() if value > 0}
+    share = max(rounds, min(range(window**2 + 1), key=lambda n: abs(n / window**2 - ratio)))
+    assert len(drawn) == share and min(cells.values()) >= 0
+    assert set(drawn.values()) == set(range(1, rounds + 1))  # no round is empty
+    for (a, first), (b, second) in itertools.product(drawn.items(), repeat=2):
+        if sum(a) < sum(b):
+            assert first <= second  # diagonal after diagonal
+    diagonals = sorted({sum(cell) for cell in drawn})
+    if rounds > len(diagonals):
+        sizes = [list(drawn.values()).count(step) for step in range(1, rounds + 1)]
+        assert max(sizes) - min(sizes) <= 1
+        return
+    counts = [sum(sum(cell) == diagonal for cell in drawn) for diagonal in diagonals]
+    costs = []
+    for cuts in itertools.combinations(range(1, len(counts)), rounds - 1):
+        edges = [0, *cuts, len(counts)]
+        costs.append(sum(sum(counts[a:b]) ** 2 for a, b in itertools.pairwise(edges)))
+    assert sum(list(drawn.values()).count(step) ** 2 for step in range(1, rounds + 1)) == min(costs)
+    assert all(len({drawn[cell] for cell in drawn if sum(cell) == diagonal}) == 1 for diagonal in diagonals)
+
+
+def test_all_diagonals_of_the_paper() -> None:
+    """Nearly everything masked and 2 * window - 1 rounds: one for each diagonal."""
+    assert diagonal_pattern(6, 0.99, 11).tolist() == [[r + c + 1 for c in range(6)] for r in range(6)]
+
+
+@pytest.mark.parametrize(("window", "ratio"), [(6, 0.75), (8, 0.5), (10, 0.9)])
+def test_kept_cells_are_spread(window: int, ratio: float) -> None:
+    """Every quarter of the tile keeps about its share."""
+    kept = torch.from_numpy(diagonal_pattern(window, ratio, 4)) == 0
+    half = window // 2
+    for quarter in (kept[:half, :half], kept[:half, half:], kept[half:, :half], kept[half:, half:]):
+        assert abs(float(quarter.float().mean()) - (1 - ratio)) <= 2 / quarter.numel() + 1e-6
+
+
+@pytest.mark.parametrize("grid", [3, 6, 16, 60])
+def test_diagonal_masks(grid: int) -> None:
+    config = IterativeSRSamplingConfig(schedule="diagonal", window=6, mask_ratio=0.75, rounds=4, top_k=(9,))
+    masks = lopar_masks(grid, config)
+    assert len(masks) == config.passes == 4 and config.top_k_of_passes == (9,) * 4
+    finals = [
+        int(mask.sum()) - int(later.sum()) for mask, later in itertools.pairwise([*masks, masks[0] & False])
+    ]
+    assert min(finals) > 0
+    assert all((later <= earlier).all() for earlier, later in itertools.pairwise(masks))
+    if grid % 6 == 0:
+        assert int(masks[0].sum()) == 27 * (grid // 6) ** 2
+
+
+def test_the_released_schedule_is_the_default() -> None:
+    config = IterativeSRSamplingConfig(window=3, mask_ratio=0.1, rounds=2)
+    for ours, named in zip(lopar_masks(12), lopar_masks(12, config), strict=True):
+        assert torch.equal(ours, named)
+    for row, column in itertools.product(range(12), repeat=2):
+        value = RELEASED_PATTERN[row % 6][column % 6]
+        assert [bool(mask[row, column]) for mask in lopar_masks(12)] == [value >= m for m in range(1, 7)]
+
+
+def test_schedules_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="5 rounds need as many cells, but a window of 2 has 4"):
+        IterativeSRSamplingConfig(schedule="diagonal", window=2, rounds=5, top_k=(1,))
+    with pytest.raises(ValueError, match="schedule diagonal has 3 rounds"):
+        IterativeSRSamplingConfig(schedule="diagonal", rounds=3)
+    config = IterativeSRSamplingConfig(schedule="diagonal", rounds=6)
+    with pytest.raises(ValueError, match="tile of side 2 has 4"):
+        lopar_masks(2, config)

@@ -1,0 +1,90 @@
+"""Writes .safetensors files tensor by tensor, in blocks, so that no second copy of a model is ever in memory.
+
+The library's own writer wants all tensors at once; the format is 8 bytes of length, a JSON header, and the
+numbers. Equal tensors give the bytes that the library gives.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import torch
+
+from cogview2.pipeline import fsops
+from cogview2.pipeline.errors import CheckpointError
+from cogview2.pipeline.weights.blocks import Blocks
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+FLOATS = tuple(_NAMES)
+"""Dtypes that weights may have."""
+
+
+class _Hash(Protocol):
+    def update(self, data: memoryview | bytes, /) -> None: ...
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Blocks], dtype: torch.dtype | None, *, allow_nonfinite: bool, where: str
+) -> tuple[str, int]:
+    """Write tensors under the final name `path`, whole or not at all.
+
+    Args:
+        path: the file; its folder exists.
+        tensors: by name.
+        dtype: of the written numbers; by default each tensor keeps its own.
+        allow_nonfinite: let infinite numbers and not-a-numbers pass.
+        where: the source, for messages.
+
+    Returns:
+        sha256 and size of the file.
+
+    Raises:
+        CheckpointError: a number is not finite in the written dtype.
+        RunDirectoryError: full disk and the like.
+    """
+    kinds = {name: dtype or blocks.dtype for name, blocks in tensors.items()}
+    # The library's order: wide numbers first, so that all are aligned, then by name.
+    order = sorted(tensors, key=lambda name: (-kinds[name].itemsize, _rank(kinds[name]), name))
+    header, at = {}, 0
+    for name in order:
+        count = math.prod(tensors[name].shape) * kinds[name].itemsize
+        header[name] = {
+            "dtype": _NAMES[kinds[name]],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [at, at + count],
+        }
+        at += count
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with fsops.staged(path) as temporary, open(temporary, "xb") as file:
+        for part in (len(text).to_bytes(8, "little"), text):
+            _write(file, digest, part)
+        for name in order:
+            for chunk in tensors[name].chunks():
+                chunk = chunk.to(kinds[name])
+                if not allow_nonfinite and not bool(torch.isfinite(chunk).all()):
+                    raise CheckpointError(
+                        f"{where}: {name} holds numbers that are not finite as {_NAMES[kinds[name]]}; check how the "
+                        "weights were made, or pass --allow-nonfinite"
+                    )
+                _write(file, digest, chunk.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest(), 8 + len(text) + at
+
+
+def _write(file: BinaryIO, digest: _Hash, data: memoryview | bytes) -> None:
+    file.write(data)
+    digest.update(data)
+
+
+def _rank(dtype: torch.dtype) -> int:
+    """Return the library's order among dtypes of one width."""
+    return (torch.float64, torch.float32, torch.bfloat16, torch.float16).index(dtype)

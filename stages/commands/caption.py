@@ -1,0 +1,90 @@
+"""`cogview2 caption RUN image ...`: describe pictures with the language model of a run."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cogview2.pipeline.command_line import Parser
+from cogview2.pipeline.config.data import Language
+from cogview2.pipeline.config.sampling import CaptioningConfig
+from cogview2.pipeline.errors import CogView2Error, DataError, ExitCode
+from cogview2.pipeline.sampling.captioning import caption_candidates
+from cogview2.pipeline.sampling.pictures import encode_pictures
+from cogview2.stages.commands._config_options import add_options, changed
+from cogview2.stages.commands._model_options import add_model_options, load_models
+from cogview2.stages.commands._picture_files import usable_batches
+
+_LANGUAGES: dict[str, tuple[Language, ...]] = {"en": ("en",), "zh": ("zh",), "both": ("en", "zh")}
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog="cogview2 caption",
+        description="Describe pictures: a line for each picture and language with the score of its caption.",
+    )
+    add_model_options(parser)
+    parser.add_argument("pictures", metavar="PICTURE", type=Path, nargs="+", help="picture files")
+    parser.add_argument("--language", choices=tuple(_LANGUAGES), default="both", help="default: both")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    parser.add_argument("--json", action="store_true", help="print one JSON document, with all candidates")
+    add_options(parser, CaptioningConfig)
+    return parser.parse_args(argv)
+
+
+def _print_line(found: dict[str, Any]) -> None:
+    best = found["captions"][0]
+    print(f"{found['picture']}\t{found['language']}\t{best['score']:.3f}\t{best['text']}")
+
+
+def _caption(arguments: argparse.Namespace, refused: list[DataError]) -> None:
+    """Describe all usable pictures and print what was found; the others are added to `refused`."""
+    cascade = load_models(arguments, superres=False)
+    config = changed(cascade.sampling.captioning, arguments)
+    batch = cascade.sampling.batch
+    number = 0
+    results: list[dict[str, Any]] = []
+
+    def refuse(error: DataError) -> None:
+        refused.append(error)
+        print(f"cogview2 caption: {error}", file=sys.stderr)
+
+    for paths, pictures in usable_batches(arguments.pictures, batch, refuse):
+        codes_BM = encode_pictures(cascade, pictures)
+        by_language = {
+            language: caption_candidates(
+                cascade, codes_BM, language, config, arguments.seed, first_number=number, batch=batch
+            )
+            for language in _LANGUAGES[arguments.language]
+        }
+        for index, path in enumerate(paths):
+            for language, captions in by_language.items():
+                found = {
+                    "picture": str(path),
+                    "language": language,
+                    "captions": [asdict(one) for one in captions[index]],
+                }
+                results.append(found)
+                if not arguments.json:
+                    _print_line(found)
+        number += len(paths)
+    if arguments.json:
+        print(json.dumps(results, ensure_ascii=False, indent=2))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Describe pictures; return the exit code (errors.ExitCode): 78 if any picture was refused."""
+    refused: list[DataError] = []
+    try:
+        _caption(_parse(argv), refused)
+    except CogView2Error as error:
+        print(f"cogview2 caption: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    return int(ExitCode.REFUSED if refused else ExitCode.DONE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
