@@ -33,7 +33,8 @@ ELSEWHERE = {
     "coglm.model.attention_pb_relax": f"{SCORES}::test_the_relaxation_reaches_the_scores_of_every_model",
     "coglm.model.layernorm_pb_relax": f"{SCORES}::test_relaxed_layer_norm_is_the_literal_formula",
     "sampling.ranking.candidates": f"{UNIT}/sampling/test_text_to_image.py::test_only_the_best_candidates_go_on",
-    "sampling.ranking.applies": f"{UNIT}/sampling/test_text_to_image.py::test_the_released_selection_counts_for_base_pictures_alone",
+    "sampling.ranking.applies": f"{UNIT}/sampling/test_text_to_image.py"
+    "::test_the_released_selection_counts_for_base_pictures_alone",
     "sampling.ranking.start": f"{UNIT}/sampling/test_reranking.py::test_the_start_token_matters",
     "sampling.ranking.softmax": f"{UNIT}/sampling/test_reranking.py::test_equals_the_naive_computation",
     "sampling.ranking.reduce": f"{UNIT}/sampling/test_reranking.py::test_equals_the_naive_computation",
