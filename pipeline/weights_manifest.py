@@ -55,7 +55,7 @@ def checked_file(path: Path, kind: str, entry: dict[str, Any]) -> Path:
     """Return the file of the model `kind` in the folder `path`: a regular file of the recorded size, inside it.
 
     Raises:
-        CheckpointError: it is gone, not a plain file (a link could lead anywhere), or of another size.
+        CheckpointError: it is gone, not a plain file or of another size.
     """
     name, size = entry.get("file"), entry.get("bytes")
     if not isinstance(name, str) or name != os.path.basename(name) or name in ("", ".", ".."):
@@ -64,7 +64,7 @@ def checked_file(path: Path, kind: str, entry: dict[str, Any]) -> Path:
         )
     file = Path(path) / name
     try:
-        found = os.lstat(file)
+        found = os.stat(file)
     except OSError as error:
         raise CheckpointError(f"{file} is missing, the weights of {kind}; import them again") from error
     if not stat.S_ISREG(found.st_mode):

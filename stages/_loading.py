@@ -18,13 +18,13 @@ from cogview2.pipeline.models.sr.direct import DirectSR
 from cogview2.pipeline.models.sr.iterative import IterativeSR
 from cogview2.pipeline.models.vqvae.model import VQVAE
 from cogview2.pipeline.run_dir import MODEL_FILES, RunDirectory
-from cogview2.pipeline.sampling.clusters import fit_clusters, load_labels
+from cogview2.pipeline.sampling.clusters import fit_clusters
 from cogview2.pipeline.sampling.text_to_image import TextToImage
 from cogview2.pipeline.tokenizers.image import ImageTokenizer
 from cogview2.pipeline.tokenizers.text import TextTokenizer
 from cogview2.pipeline.tokenizers.vocabulary import Vocabulary
 from cogview2.pipeline.weights.files import load_model
-from cogview2.pipeline.weights.folder import WeightsFolder
+from cogview2.pipeline.weights.folder import WeightsFolder, read_labels
 from cogview2.pipeline.weights_manifest import is_weights_folder
 
 CLUSTERS = "clusters.npy"
@@ -33,6 +33,10 @@ CLUSTERS = "clusters.npy"
 
 _KEPT_FROM = 4096
 """Codes from which on fitted clusters are kept."""
+
+
+def _labels(path: Path, codes: int) -> torch.Tensor:
+    return torch.from_numpy(read_labels(path, codes))
 
 
 def save_labels(path: Path, labels: torch.Tensor) -> None:
@@ -139,7 +143,7 @@ class RunModels:
     def labels(self) -> torch.Tensor | None:
         """Return the clusters that came with a VQVAE taken from elsewhere, int64 [codebook size]; else None."""
         path = output_file(self.run, "icetk-image").with_name(CLUSTERS)
-        return load_labels(path, self.recipe.vqvae.model.codebook_size) if path.is_file() else None
+        return _labels(path, self.recipe.vqvae.model.codebook_size) if path.is_file() else None
 
 
 Models = RunModels | WeightsFolder
@@ -166,7 +170,7 @@ def cluster_labels(
     they are fitted every time.
     """
     if sampling.cluster_labels is not None:
-        return load_labels(Path(sampling.cluster_labels), len(codebook_nE))
+        return _labels(Path(sampling.cluster_labels), len(codebook_nE))
     given = models.labels()
     if given is not None:
         return given
@@ -176,7 +180,7 @@ def cluster_labels(
     identity = f"{sampling.clusters}/{seed}/".encode() + codebook_nE.numpy().tobytes()
     path = models.path / "cache" / f"clusters-{hashlib.sha256(identity).hexdigest()[:16]}.npy"
     if path.is_file():
-        return load_labels(path, len(codebook_nE))
+        return _labels(path, len(codebook_nE))
     labels = fit_clusters(codebook_nE, sampling.clusters, seed)
     with contextlib.suppress(RunDirectoryError):
         fsops.make_dirs(path.parent)
@@ -208,6 +212,8 @@ def load_text_to_image(
         sampling: counts instead of both.
     """
     models = source if isinstance(source, RunModels | WeightsFolder) else open_models(source)
+    if isinstance(models, WeightsFolder):
+        models.check()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None and device.type == "cpu":
         dtype = torch.float32  # half precision has few fast kernels there

@@ -4,13 +4,8 @@ Dims: n codes, C clusters, E code dim. All in float64 on the CPU: a codebook is 
 what every later image looks like, so it must not depend on a device.
 """
 
-import zipfile
-from pathlib import Path
-
-import numpy as np
 import torch
 
-from cogview2.pipeline.errors import DataError
 from cogview2.pipeline.sampling.noise import uniforms
 
 _ROWS = 1024
@@ -106,30 +101,3 @@ def fit_clusters(codebook_nE: torch.Tensor, clusters: int, seed: int, iterations
         )
     centres_CE = seed_centres(points_nE, min(clusters, len(points_nE)), seed)
     return torch.unique(lloyd(points_nE, centres_CE, iterations), return_inverse=True)[1]
-
-
-def load_labels(path: Path, codes: int) -> torch.Tensor:
-    """Return cluster labels from an .npy file, such as the published cluster_label.npy (spec 3.3), int64 [codes].
-
-    Args:
-        path: int64 or another whole-number type, one label from 0 for each code; gaps are harmless.
-        codes: of the codebook they belong to.
-
-    Raises:
-        DataError: no such file, not an .npy of numbers, or labels of another codebook.
-    """
-    remedy = "leave sampling.cluster_labels out to fit clusters to the codebook"
-    try:
-        labels = np.load(path, allow_pickle=False, mmap_mode="r")  # a lying header takes no memory
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        reason = getattr(error, "strerror", None) or "it is not an .npy file of plain numbers"
-        raise DataError(f"cannot read cluster labels from {path}: {reason}; {remedy}") from error
-    if not isinstance(labels, np.ndarray) or labels.shape != (codes,) or labels.dtype.kind not in "iu":
-        found = f"{labels.dtype} {list(labels.shape)}" if isinstance(labels, np.ndarray) else "an archive"
-        raise DataError(f"{path} must hold one whole number for each of {codes} codes, not {found}; {remedy}")
-    if codes and (labels.min() < 0 or labels.max() >= codes):
-        raise DataError(
-            f"{path} has labels from {labels.min()} to {labels.max()}, but {codes} codes have clusters 0 to "
-            f"{codes - 1} at most; {remedy}"
-        )
-    return torch.from_numpy(labels.astype(np.int64))

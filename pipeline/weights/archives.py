@@ -119,18 +119,16 @@ class Archive:
 
 
 def open_plain(path: Path) -> FileIO:
-    """Open a regular file for reading; links and everything else are refused.
+    """Open a regular file for reading, also through a link: download caches are made of them.
 
     Raises:
-        CheckpointError: missing, a link, a folder, a device, or not readable.
+        CheckpointError: missing, a folder, a device, or not readable.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} does not exist; check the path") from error
     except OSError as error:
-        if path.is_symlink():
-            raise CheckpointError(f"{path} is a link; name the file that it leads to") from error
         raise CheckpointError(
             f"{path} cannot be opened ({error.strerror}); check its owner and mode"
         ) from error

@@ -10,7 +10,7 @@ from cogview2.pipeline.weights.card import model_card
 from cogview2.pipeline.weights.collection import Collection, Member
 from cogview2.pipeline.weights.exporting import save_torch, staged_folder
 from cogview2.pipeline.weights.facts import Facts, Models, TextFacts
-from cogview2.pipeline.weights.files import mapped_weights
+from cogview2.pipeline.weights.files import load_weights
 from cogview2.pipeline.weights.folder import CLUSTERS, dump
 from cogview2.pipeline.weights_manifest import KINDS, MANIFEST
 
@@ -65,6 +65,6 @@ def _write_member(kind: str, member: Member, folder: Path) -> "TextFacts":
     if text:
         fsops.write_bytes(path, member.path.read_bytes())
     else:
-        save_torch(path, mapped_weights(member.path))
+        save_torch(path, load_weights(member.path))
     stored = {"file": path.name, "sha256": fsops.sha256_file(path), "bytes": path.stat().st_size}
     return member.facts.model_copy(update=stored)  # type: ignore[return-value]

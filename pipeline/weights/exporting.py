@@ -22,7 +22,7 @@ from cogview2.pipeline.weights.facts import (
     NetworkFacts,
     TextFacts,
 )
-from cogview2.pipeline.weights.files import mapped_weights
+from cogview2.pipeline.weights.files import load_weights
 from cogview2.pipeline.weights.sizes import OURS
 from cogview2.pipeline.weights.sources import LATEST, MODEL_CONFIG, SUFFIXES
 from cogview2.pipeline.weights.writer import write_safetensors
@@ -129,7 +129,7 @@ def export_weights(
         fsops.write_bytes(target, member.path.read_bytes())
         return [f"{kind} -> {target}"]
     assert not isinstance(member.facts, TextFacts)
-    _file(kind, member.facts, mapped_weights(member.path), target, layout, dtype)
+    _file(kind, member.facts, load_weights(member.path), target, layout, dtype)
     return [f"{kind} -> {target}, its sizes -> {target.with_suffix('.json')}"]
 
 
@@ -165,7 +165,7 @@ def _sat(
     parts: int,
     dtype: torch.dtype | None,
 ) -> list[str]:
-    facts, state = member.facts, mapped_weights(member.path)
+    facts, state = member.facts, load_weights(member.path)
     assert isinstance(facts, CogLMFacts | DirectFacts | IterativeFacts)
     heads = (facts.config if isinstance(facts, CogLMFacts) else facts.coglm).heads
     if parts < 1 or heads % parts:

@@ -25,11 +25,15 @@ def save_weights(path: Path, state: dict[str, torch.Tensor], metadata: dict[str,
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read a safetensors file on the CPU.
+    """Return the tensors of a .safetensors file, or of the .pt of a bundle, on the CPU.
+
+    They are a private map of the file: what is not used is not read.
 
     Raises:
-        CheckpointError: missing or damaged.
+        CheckpointError: missing, damaged or hostile.
     """
+    if Path(path).suffix == ".pt":
+        return _mapped_torch(path)
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
@@ -88,7 +92,7 @@ def load_model(
     """
     with torch.device("meta"):
         model = build()
-    mapped = mapped_weights(path)
+    mapped = load_weights(path)
     _check_fit(path, {name: tuple(value.shape) for name, value in mapped.items()}, model)
     state = {name: value.to(device=device, dtype=dtype) for name, value in mapped.items()}
     model.load_state_dict(state, assign=True)
@@ -99,10 +103,7 @@ def load_model(
     return model.eval()
 
 
-def mapped_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a file as a private map of it; nothing is read yet."""
-    if Path(path).suffix != ".pt":
-        return load_weights(path)
+def _mapped_torch(path: Path) -> dict[str, torch.Tensor]:
     open_archive(path)  # refuses whatever is more than tensors
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

@@ -169,7 +169,7 @@ def read_labels(path: Path, codes: int | None) -> np.ndarray:
     Raises:
         CheckpointError: not such a file.
     """
-    if path.is_symlink() or not path.is_file():
+    if not path.is_file():
         raise CheckpointError(f"{path} is no plain file; name the .npy with the cluster of each image code")
     try:
         found = np.load(path, mmap_mode="r", allow_pickle=False)

@@ -81,7 +81,7 @@ def _latest(folder: Path) -> Path:
             f"{folder / LATEST} names {text[:80]!r}, which is no iteration; write its number there"
         )
     found = folder / text
-    if found.is_symlink() or not found.is_dir():
+    if not found.is_dir():
         raise CheckpointError(
             f"{folder / LATEST} names iteration {text}, but {found} is no folder; copy it again"
         )

@@ -18,6 +18,10 @@ FLOORS: dict[str, float] = {
     "caption_accuracy.zh.base": 0.8,
     "caption_accuracy.en.final": 0.65,
     "caption_accuracy.zh.final": 0.65,
+    "captioning.en.objects_named": 0.9,
+    "captioning.zh.objects_named": 0.9,
+    "editing.en.obeyed": 0.6,
+    "editing.zh.obeyed": 0.6,
 }
 CEILINGS: dict[str, float] = {"reconstruction.full.l1": 0.04, "reconstruction.base.l1": 0.04}
 
@@ -39,6 +43,15 @@ def value_at(content: Any, dotted: str) -> Any:
     for name in dotted.split("."):
         content = content.get(name) if isinstance(content, dict) else None
     return content
+
+
+def ranking_helps(figures: Any) -> bool:
+    """Return whether, over both languages, the best ranked pictures obey more often than pictures on average."""
+    best, average = (
+        sum(value_at(figures, f"ranking.{language}.{key}") or 0.0 for language in ("en", "zh"))
+        for key in ("obeyed_best_ranked", "obeyed_on_average")
+    )
+    return bool(best > average)
 
 
 def problems(run: RunDirectory) -> list[str]:
@@ -64,6 +77,8 @@ def problems(run: RunDirectory) -> list[str]:
             value = value_at(figures, key)
             if not isinstance(value, int | float) or not value >= floor:
                 found.append(f"{key} is {value}, the floor is {floor}")
+        if not ranking_helps(figures):
+            found.append(f"ranking by caption score does not help: {value_at(figures, 'ranking')}")
         for key, ceiling in CEILINGS.items():
             value = value_at(figures, key)
             if not isinstance(value, int | float) or not value <= ceiling:

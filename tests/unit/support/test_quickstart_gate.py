@@ -37,7 +37,12 @@ def make_run(tmp_path: Path, losses: list[float], figures: dict[str, object]) ->
     return run
 
 
-GOOD = {"caption": {"accuracy": 0.6}, "error": 0.05}
+HELPS = {
+    "en": {"obeyed_on_average": 0.8, "obeyed_best_ranked": 0.9},
+    "zh": {"obeyed_on_average": 0.8, "obeyed_best_ranked": 0.8},
+}
+EQUAL = {"en": {"obeyed_on_average": 0.8, "obeyed_best_ranked": 0.8}}
+GOOD = {"caption": {"accuracy": 0.6}, "error": 0.05, "ranking": HELPS}
 
 
 @pytest.mark.parametrize(
@@ -48,7 +53,16 @@ GOOD = {"caption": {"accuracy": 0.6}, "error": 0.05}
         ([4.0, float("nan"), 2.0], GOOD, ["stage train_vqvae logged a loss that is not finite"]),
         ([4.0, 2.0], GOOD | {"caption": {"accuracy": 0.4}}, ["caption.accuracy is 0.4, the floor is 0.5"]),
         ([4.0, 2.0], GOOD | {"error": 0.2}, ["error is 0.2, the ceiling is 0.1"]),
-        ([4.0, 2.0], {"error": 0.05}, ["caption.accuracy is None, the floor is 0.5"]),
+        (
+            [4.0, 2.0],
+            {"error": 0.05, "ranking": HELPS},
+            ["caption.accuracy is None, the floor is 0.5"],
+        ),
+        (
+            [4.0, 2.0],
+            GOOD | {"ranking": EQUAL},
+            [f"ranking by caption score does not help: {EQUAL}"],
+        ),
     ],
 )
 def test_floors(

@@ -1,15 +1,10 @@
 """k-means over a codebook."""
 
-import io
-import zipfile
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 
-from cogview2.pipeline.errors import DataError
-from cogview2.pipeline.sampling.clusters import fit_clusters, lloyd, load_labels, seed_centres
+from cogview2.pipeline.sampling.clusters import fit_clusters, lloyd, seed_centres
 from cogview2.pipeline.sampling.noise import uniforms
 
 
@@ -80,71 +75,3 @@ def test_first_centres_equal_the_naive_loop(seed: int) -> None:
         cumulative = np.cumsum(weights)
         chosen.append(int(np.argmax(cumulative > draw * cumulative[-1])))
     assert torch.equal(seed_centres(points, 9, seed), points[chosen])
-
-
-def test_published_labels_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "cluster_label.npy"
-    for dtype in (np.int64, np.int32, np.uint16):
-        np.save(path, np.array([3, 0, 3, 1], dtype=dtype))
-        labels = load_labels(path, 4)
-        assert labels.dtype == torch.int64 and labels.tolist() == [3, 0, 3, 1]
-
-
-class _Touch:
-    """Writes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        return Path.touch, (self.path,)
-
-
-def _header(shape: str) -> bytes:
-    text = f"{{'descr': '<i8', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode()
-
-
-def _npz() -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, labels=np.arange(4))
-    return buffer.getvalue()
-
-
-def _object_array(path: Path) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, np.array([_Touch(path), 1, 2, 3], dtype=object), allow_pickle=True)
-    return buffer.getvalue()
-
-
-def test_hostile_and_wrong_labels_are_refused(tmp_path: Path) -> None:
-    def npy(labels: object) -> bytes:
-        buffer = io.BytesIO()
-        np.save(buffer, np.array(labels))
-        return buffer.getvalue()
-
-    touched = tmp_path / "touched"
-    cases = {
-        "objects": _object_array(touched),
-        "no numpy": b"hello",
-        "empty": b"",
-        "a lie": _header("(1000000000000,)") + bytes(32),
-        "cut": npy([0, 1, 2, 3])[:-9],
-        "archive": _npz(),
-        "no archive": b"PK\x03\x04" + bytes(50),
-        "floats": npy([0.0, 1.0, 2.0, 3.0]),
-        "length": npy([0, 1, 2]),
-        "shape": npy([[0, 1, 2, 3]]),
-        "below": npy([0, -1, 2, 3]),
-        "above": npy([0, 1, 2, 4]),
-    }
-    assert zipfile.is_zipfile(io.BytesIO(cases["archive"]))
-    for name, data in cases.items():
-        path = tmp_path / "labels.npy"
-        path.write_bytes(data)
-        with pytest.raises(DataError) as error:
-            load_labels(path, 4)
-        assert "labels.npy" in str(error.value) and "\n" not in str(error.value), name
-    with pytest.raises(DataError, match="No such file"):
-        load_labels(tmp_path / "missing.npy", 4)
-    assert not touched.exists()

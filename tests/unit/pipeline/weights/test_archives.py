@@ -123,13 +123,13 @@ def test_only_plain_files_are_opened(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "real")
     os.mkfifo(tmp_path / "pipe")
     for name, words in (
-        ("link", "is a link"),
         (".", "is a folder"),
         ("pipe", "not a plain"),
         ("no", "not exist"),
     ):
         with pytest.raises(CheckpointError, match=words):
             open_archive(tmp_path / name)
+    assert open_archive(tmp_path / "link").tensors.keys() == {"a"}
 
 
 def _torch_file(path: Path) -> Path:

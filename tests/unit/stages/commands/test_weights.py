@@ -161,7 +161,7 @@ def _hostile(place: Path) -> dict[str, str]:
         "empty.pt": "empty",
         "page.pt": "web page",
         "pointer.pt": "git lfs",
-        "link.pt": "link",
+        "link.pt": "posix.system",
         "cut.pt": "damaged",
         "h.safetensors": "past the end",
         "nothing.pt": "does not exist",
