@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cogview2.pipeline.command_line import Parser
+from cogview2.pipeline.command_line import Parser, run_command
 from cogview2.pipeline.config.data import Language
 from cogview2.pipeline.config.sampling import CaptioningConfig
-from cogview2.pipeline.errors import CogView2Error, DataError, ExitCode
+from cogview2.pipeline.errors import DataError, ExitCode
 from cogview2.pipeline.sampling.captioning import caption_candidates
 from cogview2.pipeline.sampling.pictures import encode_pictures
 from cogview2.stages.commands._config_options import add_options, changed
@@ -77,13 +77,14 @@ def _caption(arguments: argparse.Namespace, refused: list[DataError]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Describe pictures; return the exit code (errors.ExitCode): 78 if any picture was refused."""
-    refused: list[DataError] = []
-    try:
-        _caption(_parse(argv), refused)
-    except CogView2Error as error:
-        print(f"cogview2 caption: {error}", file=sys.stderr)
-        return int(error.exit_code)
-    return int(ExitCode.REFUSED if refused else ExitCode.DONE)
+    arguments = _parse(argv)
+
+    def work() -> ExitCode:
+        refused: list[DataError] = []
+        _caption(arguments, refused)
+        return ExitCode.REFUSED if refused else ExitCode.DONE
+
+    return run_command("caption", work)
 
 
 if __name__ == "__main__":

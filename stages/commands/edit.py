@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from cogview2.pipeline import fsops
-from cogview2.pipeline.command_line import Parser
+from cogview2.pipeline.command_line import Parser, run_command
 from cogview2.pipeline.config.sampling import EditingConfig
-from cogview2.pipeline.errors import CogView2Error, DataError, ExitCode
+from cogview2.pipeline.errors import DataError, ExitCode
 from cogview2.pipeline.sampling.editing import Edited, edit
 from cogview2.pipeline.sampling.regions import Box, Region
 from cogview2.pipeline.sampling.styles import NO_STYLE, find_style, load_styles
@@ -191,13 +191,14 @@ def _edit(arguments: argparse.Namespace) -> list[Path]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Edit, write and print the paths; return the exit code (errors.ExitCode)."""
-    try:
-        for path in _edit(_parse(argv)):
+    arguments = _parse(argv)
+
+    def work() -> ExitCode:
+        for path in _edit(arguments):
             print(path)
-    except CogView2Error as error:
-        print(f"cogview2 edit: {error}", file=sys.stderr)
-        return int(error.exit_code)
-    return int(ExitCode.DONE)
+        return ExitCode.DONE
+
+    return run_command("edit", work)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import argparse
 import datetime
-import io
 import re
 import sys
 from collections import Counter
@@ -11,15 +10,15 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 
 from cogview2.pipeline import fsops
-from cogview2.pipeline.command_line import Parser
-from cogview2.pipeline.errors import CogView2Error, DataError, ExitCode
+from cogview2.pipeline.command_line import Parser, run_command
+from cogview2.pipeline.errors import DataError, ExitCode
 from cogview2.pipeline.sampling.meter import Meter
 from cogview2.pipeline.sampling.styles import NO_STYLE, find_style, load_styles
 from cogview2.pipeline.sampling.text_to_image import Drawn, Pick, Picture
 from cogview2.stages.commands._model_options import add_model_options, load_models
+from cogview2.stages.commands._picture_files import write_png
 
 _SLUG_CHARACTERS = 40
 _CELL = 240
@@ -83,17 +82,6 @@ def sheet(
     return canvas
 
 
-def _write(path: Path, picture: Image.Image, facts: dict[str, str]) -> Path:
-    """Write a PNG that carries `facts` as text."""
-    info = PngInfo()
-    for key, value in facts.items():
-        info.add_itxt(key, value)
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", pnginfo=info)
-    fsops.write_bytes(path, buffer.getvalue())
-    return path
-
-
 def _stems(prompts: Sequence[str], picks: Sequence[Pick]) -> list[str]:
     """Return file names without ending: number and text of the prompt, and from a prompt's second picture on its place."""
     places: Counter[int] = Counter()
@@ -131,10 +119,10 @@ def write_pictures(folder: Path, prompts: Sequence[str], drawn: Drawn, seed: int
             facts |= {"Pass": name, "Candidate": str(pick.candidate)}
             if pick.score is not None:
                 facts["Score"] = f"{pick.score:.4f}"
-            paths.append(_write(folder / f"{stem}.{ending}", picture, facts))
+            paths.append(write_png(folder / f"{stem}.{ending}", picture, facts))
     rows = list(zip(*(pictures[name] for name in names), strict=True))
     canvas = sheet([prompts[pick.prompt] for pick in picks], rows, [pick.prompt for pick in picks])
-    paths.append(_write(folder / "sheet.png", canvas, {"Seed": str(seed)}))
+    paths.append(write_png(folder / "sheet.png", canvas, {"Seed": str(seed)}))
     return paths
 
 
@@ -208,13 +196,14 @@ def _generate(arguments: argparse.Namespace) -> list[Path]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw, write and print the paths; return the exit code (errors.ExitCode)."""
-    try:
-        for path in _generate(_parse(argv)):
+    arguments = _parse(argv)
+
+    def work() -> ExitCode:
+        for path in _generate(arguments):
             print(path)
-    except CogView2Error as error:
-        print(f"cogview2 generate: {error}", file=sys.stderr)
-        return int(error.exit_code)
-    return int(ExitCode.DONE)
+        return ExitCode.DONE
+
+    return run_command("generate", work)
 
 
 if __name__ == "__main__":

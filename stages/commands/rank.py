@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from cogview2.pipeline.command_line import Parser
+from cogview2.pipeline.command_line import Parser, run_command
 from cogview2.pipeline.config.sampling import RankingConfig
-from cogview2.pipeline.errors import CogView2Error, DataError, ExitCode
+from cogview2.pipeline.errors import DataError, ExitCode
 from cogview2.pipeline.sampling.pictures import encode_pictures
 from cogview2.pipeline.sampling.reranking import rank
 from cogview2.stages.commands._config_options import add_options, changed
@@ -80,13 +80,14 @@ def _rank(arguments: argparse.Namespace, refused: list[DataError]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Order pictures; return the exit code (errors.ExitCode): 78 if any picture was refused."""
-    refused: list[DataError] = []
-    try:
-        _rank(_parse(argv), refused)
-    except CogView2Error as error:
-        print(f"cogview2 rank: {error}", file=sys.stderr)
-        return int(error.exit_code)
-    return int(ExitCode.REFUSED if refused else ExitCode.DONE)
+    arguments = _parse(argv)
+
+    def work() -> ExitCode:
+        refused: list[DataError] = []
+        _rank(arguments, refused)
+        return ExitCode.REFUSED if refused else ExitCode.DONE
+
+    return run_command("rank", work)
 
 
 if __name__ == "__main__":

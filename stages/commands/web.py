@@ -1,6 +1,7 @@
 """`cogview2 web RUN`: a page to draw, edit and caption with what a run has trained."""
 
 import argparse
+import contextlib
 import importlib.util
 import logging
 import signal
@@ -8,8 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cogview2.pipeline.command_line import Parser
-from cogview2.pipeline.errors import CogView2Error, ConfigError, ExitCode
+from cogview2.pipeline.command_line import Parser, run_command
+from cogview2.pipeline.errors import ConfigError, ExitCode
 from cogview2.stages.web.guard import is_loopback
 from cogview2.stages.web.listener import address, listen, new_token
 
@@ -75,14 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(
         signal.SIGTERM, signal.default_int_handler
     )  # both signals end the server in the same orderly way
-    try:
-        _serve(arguments)
-    except CogView2Error as error:
-        print(f"cogview2 web: {error}", file=sys.stderr)
-        return int(error.exit_code)
-    except KeyboardInterrupt:
-        pass
-    return int(ExitCode.DONE)
+
+    def work() -> ExitCode:
+        with contextlib.suppress(KeyboardInterrupt):
+            _serve(arguments)
+        return ExitCode.DONE
+
+    return run_command("web", work)
 
 
 if __name__ == "__main__":

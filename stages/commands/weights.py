@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from cogview2.pipeline import fsops
-from cogview2.pipeline.command_line import Parser
-from cogview2.pipeline.errors import CheckpointError, CogView2Error, ExitCode
+from cogview2.pipeline.command_line import Parser, run_command
+from cogview2.pipeline.errors import CheckpointError, ExitCode
 from cogview2.pipeline.weights.archives import open_archive
 from cogview2.pipeline.weights.bundle import write_bundle
 from cogview2.pipeline.weights.card import sizes_in_words
@@ -198,13 +198,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(sys.argv[1:] if argv is None else argv)
     if arguments.command == "export" and not arguments.bundle and arguments.kind is None:
         parser.error("weights export needs --kind, or --bundle")
-    try:
+
+    def work() -> ExitCode:
         commands = {"import": _import, "export": _export, "bundle": _bundle, "show": _show}
         commands[arguments.command](arguments)
-    except CogView2Error as error:
-        print(f"cogview2: {error}", file=sys.stderr)
-        return int(error.exit_code)
-    return int(ExitCode.DONE)
+        return ExitCode.DONE
+
+    return run_command(f"weights {arguments.command}", work)
 
 
 if __name__ == "__main__":
