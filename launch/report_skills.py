@@ -66,12 +66,12 @@ def skill_tables(record: dict[str, Any]) -> list[Table]:
                 "obeyed": "obey the new caption",
                 "colour": "colours right",
                 "shape": "shapes right",
-                "outside_l1": "L1 outside the crop",
+                "outside_l1": "L1 outside",
                 "vqvae_outside_l1": "of the VQVAE alone",
             },
             frozenset({"obeyed", "colour", "shape"}),
-            "Held-out drawings of which one object is drawn again as another. Outside the crop an edit may change no more "
-            "than encoding and decoding does.",
+            "Held-out drawings of which one object is drawn again as another. Outside what was put back an edit should change "
+            "no more than encoding and decoding does.",
         ),
         *_examples(record),
     ]

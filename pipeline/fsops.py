@@ -22,6 +22,9 @@ _REMEDIES = {
     errno.EFBIG: "the file is larger than this process may write; raise the limit (ulimit -f)",
     errno.EROFS: "the file system is read-only; choose another folder (--runs-dir) or remount it writable",
     errno.EACCES: "permission denied; choose another folder (--runs-dir) or change its owner or mode",
+    errno.ENOTDIR: "a part of the path is a file, not a folder; choose another folder",
+    errno.EISDIR: "there is a folder of that name; choose another name",
+    errno.EEXIST: "a file of that name is in the way; choose another name",
     errno.EPERM: "operation not permitted; choose another folder (--runs-dir) or change its owner or mode",
 }
 
@@ -61,7 +64,12 @@ def make_dirs(path: Path) -> Path:
     """Create the directory `path` and its parents; an existing directory is fine. Returns `path`."""
     path = Path(path)
     with explained(path):
-        path.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+        try:
+            path.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
+        except FileNotFoundError as error:
+            raise RunDirectoryError(
+                f"cannot write {path}: no folder can be made there; choose another folder"
+            ) from error
     return path
 
 

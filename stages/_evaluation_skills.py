@@ -96,10 +96,8 @@ class Skills:
         if not chosen:
             return {}
         codes_BM = torch.from_numpy(np.stack([pair.base_codes for pair in chosen])).long()
-        captioning = self.cascade.sampling.captioning
-        found = caption(
-            self.cascade, codes_BM, unit.language, captioning, self.recipe.seed, first_number=unit.start
-        )
+        captioning, numbers = self.cascade.sampling.captioning, range(unit.start, unit.start + len(chosen))
+        found = caption(self.cascade, codes_BM, unit.language, captioning, self.recipe.seed, numbers=numbers)
         arrays = {
             "said": np.array([each.text for each in found], dtype=np.str_),
             "original": np.array([pair.captions[unit.language] for pair in chosen], dtype=np.str_),
@@ -154,7 +152,7 @@ class Skills:
 
     def _edit(self, unit: SkillUnit) -> Arrays:
         """Replace one object of each drawing by another, with the caption of the new scene."""
-        source, data = self.source, self.recipe.data
+        source, data, editing = self.source, self.recipe.data, self.cascade.sampling.editing
         assert isinstance(source, DrawingsSource)
         indices = {key: index for index, key in enumerate(source.keys)}
         found: list[list[float]] = []
@@ -176,14 +174,17 @@ class Skills:
                 region,
                 text,
                 seed=self.recipe.seed,
-                number=self._number(unit, _EDITED_FROM) + place,
-                candidates=self.cascade.sampling.editing.candidates,
+                number=self._number(unit, _EDITED_FROM) + place * editing.candidates,
+                candidates=editing.candidates,
             )
             after = edited.pictures[0]
             verdict = check(read_picture(after), facts)
             rebuilt = self._rebuilt(before)
-            outside = np.ones(before.shape[:2], dtype=bool)
-            outside[edited.crop.slices] = False
+            # What was not put back: outside the crop, or outside the region where that alone is pasted.
+            outside = ~edited.mask
+            if editing.paste == "crop":
+                outside = np.ones(before.shape[:2], dtype=bool)
+                outside[edited.crop.slices] = False
             errors = [float("nan")] * 2
             if outside.any():
                 errors = [

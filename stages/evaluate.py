@@ -218,7 +218,7 @@ class Evaluation:
             tokenizer = self.cascade.image_tokenizer
             rebuilt = torch.cat(
                 [
-                    tokenizer.decode(tokenizer.encode(part.to(tokenizer.device))).cpu()
+                    tokenizer.decode(tokenizer.encode(part.to(tokenizer.device))).clamp(0, 1).cpu()
                     for part in pixels.split(16)
                 ]
             )

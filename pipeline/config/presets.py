@@ -234,6 +234,19 @@ DIFFERENCES = (
         spec="11.13",
     ),
     Difference(
+        "pictures drawn for an edit",
+        "sampling.editing.candidates",
+        4,
+        note="In the release in no order; here the best by caption score comes first.",
+        spec="7",
+    ),
+    Difference(
+        "style of a prompt",
+        None,
+        note="The text-to-image script adds the style `mainbody` unless told otherwise; here --style mainbody asks for it.",
+        spec="3.1",
+    ),
+    Difference(
         "prompts beyond a multiple of 4 in super-resolution",
         None,
         note="The release drops them; here every prompt is drawn.",

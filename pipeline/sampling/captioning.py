@@ -186,7 +186,7 @@ def caption_candidates(
     config: CaptioningConfig,
     seed: int = 0,
     *,
-    first_number: int = 0,
+    numbers: Sequence[int] | None = None,
     batch: int = 16,
 ) -> list[list[Caption]]:
     """Return `config.candidates` captions of each picture, the likeliest first.
@@ -197,7 +197,7 @@ def caption_candidates(
         language: "en" or "zh"; other ids than its own and common ones are never drawn.
         config: see CaptioningConfig.
         seed: of the draws; without effect at temperature 0.
-        first_number: number of the first picture; a caption depends on seed and number, not on its batch.
+        numbers: of the pictures, 0, 1, ... by default; a caption depends on seed and number, not on its batch.
         batch: captions drawn together.
 
     Raises:
@@ -205,6 +205,7 @@ def caption_candidates(
         DataError: another language.
     """
     _check(config, base_codes_BM)
+    numbers = range(len(base_codes_BM)) if numbers is None else numbers
     tokens = min(config.max_tokens, describer.coglm.config.text_length - 1) + 1
     plan = [(row, candidate) for row in range(len(base_codes_BM)) for candidate in range(config.candidates)]
     drawn: list[Caption] = []
@@ -212,7 +213,7 @@ def caption_candidates(
         part = plan[start : start + batch]
         uniforms_RU2 = torch.stack(
             [
-                uniforms(seed, first_number + row, f"caption {language} {candidate}", tokens, 2)
+                uniforms(seed, numbers[row], f"caption {language} {candidate}", tokens, 2)
                 for row, candidate in part
             ]
         )
@@ -232,11 +233,9 @@ def caption(
     config: CaptioningConfig,
     seed: int = 0,
     *,
-    first_number: int = 0,
+    numbers: Sequence[int] | None = None,
     batch: int = 16,
 ) -> list[Caption]:
     """Return the likeliest caption of each picture; see `caption_candidates`."""
-    found = caption_candidates(
-        describer, base_codes_BM, language, config, seed, first_number=first_number, batch=batch
-    )
+    found = caption_candidates(describer, base_codes_BM, language, config, seed, numbers=numbers, batch=batch)
     return [candidates[0] for candidates in found]

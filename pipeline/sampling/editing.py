@@ -70,10 +70,12 @@ def _enlarged(pixels_13SS: torch.Tensor, side: int) -> torch.Tensor:
 class _Edit:
     """One picture, one region and one text, ready to draw any number of candidates."""
 
-    def __init__(self, cascade: TextToImage, work: Workpiece, text: str, config: EditingConfig) -> None:
+    def __init__(
+        self, cascade: TextToImage, work: Workpiece, text_ids: list[int], config: EditingConfig
+    ) -> None:
         self.cascade, self.work, self.config = cascade, work, config
         self.grid, self.rate = cascade.base_grid, cascade.image_tokenizer.rate
-        self.text_ids = cascade.encode([text])[0]
+        self.text_ids = text_ids
         self.crop = crop_around(work.mask, config.region_share, whole=config.crop == "whole")
         self.mask_SS = work.mask[self.crop.slices]
         self.redrawn = cells_of(self.mask_SS, self.grid, config.cells)
@@ -155,8 +157,10 @@ class _Edit:
         rows, columns = self.crop.slices
         whole_13FF[:, :, rows, columns] = new_13SS
         if self.config.harmonise:
-            whole_13FF = tokenizer.decode(tokenizer.encode(whole_13FF)).cpu()
-        return (whole_13FF * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+            # Raw, as decoded: the tokenizer's own encode would refuse what lies outside of [0, 1].
+            codes_1GG = tokenizer.vqvae.encode(whole_13FF.to(tokenizer.device), tokenizer.rate)
+            whole_13FF = tokenizer.decode_grid(codes_1GG).cpu()
+        return (whole_13FF.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
     def draw(self, seed: int, numbers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None, np.ndarray]:
         """Return base codes, fine codes and pictures of the candidates of these numbers."""
@@ -208,7 +212,8 @@ def edit(
     config = config or cascade.sampling.editing
     work = workpiece(to_rgb(image), region, full_size(cascade), cascade.image_tokenizer.rate)
     scored_ids = cascade.encode([text])[0]
-    task = _Edit(cascade, work, style.prompt(text), config)
+    text_ids, note = cascade.encode_styled(text, style)
+    task = _Edit(cascade, work, text_ids, config)
     numbers = list(range(number, number + candidates))
     batch = cascade.sampling.batch
     parts = [task.draw(seed, numbers[start : start + batch]) for start in range(0, candidates, batch)]
@@ -240,5 +245,5 @@ def edit(
         fine_codes=None if fine_NG is None else fine_NG[order],
         numbers=tuple(numbers[k] for k in order.tolist()),
         scores=None if scores is None else scores[order],
-        notes=work.notes,
+        notes=work.notes + ((note,) if note is not None else ()),
     )

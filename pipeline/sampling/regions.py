@@ -43,8 +43,24 @@ class Box:
         return slice(self.top, self.bottom), slice(self.left, self.right)
 
 
-Region = Box | np.ndarray
-"""The part to draw again: a box, or a bool mask [H, W] of any number of parts; both on the picture as given."""
+@dataclass(frozen=True)
+class Fractions:
+    """A box in shares of width and height; it becomes pixels on the working picture alone, as published."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def pixels(self, width: int, height: int) -> Box:
+        """Return it in whole pixels of a picture, at least one each way."""
+        left, top = min(int(self.left * width), width - 1), min(int(self.top * height), height - 1)
+        right, bottom = int(self.right * width), int(self.bottom * height)
+        return Box(left, top, max(right, left + 1), max(bottom, top + 1))
+
+
+Region = Box | Fractions | np.ndarray
+"""The part to draw again: a box, or a bool mask [H, W] of any number of parts; all on the picture as given."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +77,7 @@ class Workpiece:
     """What was changed on the way, a sentence each."""
 
 
-def _check(region: Region, width: int, height: int) -> None:
+def _check(region: Box | np.ndarray, width: int, height: int) -> None:
     """Raise DataError for a region that is empty, reversed, or not inside the picture."""
     if isinstance(region, Box):
         if region.width <= 0 or region.height <= 0:
@@ -98,10 +114,21 @@ def _middle_square(width: int, height: int) -> Box:
     return Box(left, top, left + side, top + side)
 
 
-def _working_mask(region: Region, kept: Box, full: int) -> np.ndarray:
+def _working_mask(region: Region, kept: Box, full: int, width: int, height: int) -> np.ndarray:
     """Return the region on the working picture, bool [F, F]; empty when it lies where the picture was cut off."""
     mask = np.zeros((full, full), dtype=bool)
     side = kept.width
+    if isinstance(region, Fractions):
+
+        def placed(share: float, length: int, origin: int) -> int:
+            # A square picture is not cut, and int(F * share) is then the published place, free of rounding.
+            exact = full * share if length == side else full * (share * length - origin) / side
+            return min(max(int(exact), 0), full)
+
+        left, right = placed(region.left, width, kept.left), placed(region.right, width, kept.left)
+        top, bottom = placed(region.top, height, kept.top), placed(region.bottom, height, kept.top)
+        mask[top : max(bottom, top + 1), left : max(right, left + 1)] = True
+        return mask
     if isinstance(region, Box):
 
         def mapped(value: int, origin: int) -> int:
@@ -143,7 +170,8 @@ def workpiece(picture: Image.Image, region: Region, full: int, least: int) -> Wo
         DataError: a region that is empty, reversed, outside of the picture, or wholly in the part that is cut off.
     """
     width, height = picture.size
-    _check(region, width, height)
+    marked_at = region.pixels(width, height) if isinstance(region, Fractions) else region
+    _check(marked_at, width, height)
     kept = _middle_square(width, height)
     notes = []
     if width != height:
@@ -157,14 +185,14 @@ def workpiece(picture: Image.Image, region: Region, full: int, least: int) -> Wo
         notes.append(
             f"the picture was enlarged from {kept.width}x{kept.width} to {full}x{full} pixels, the size of the models"
         )
-    mask = _working_mask(region, kept, full)
-    if not mask.any():
-        where = region if isinstance(region, Box) else bounds(region)
+    mask = _working_mask(region, kept, full, width, height)
+    whole = bounds(marked_at) if isinstance(marked_at, np.ndarray) else marked_at
+    outside = whole.left >= kept.right or whole.right <= kept.left
+    if not mask.any() or outside or whole.top >= kept.bottom or whole.bottom <= kept.top:
         raise DataError(
-            f"box {where} lies outside of the middle square {kept} of the {width}x{height} picture, and only that is "
+            f"box {whole} lies outside of the middle square {kept} of the {width}x{height} picture, and only that is "
             "edited; crop the picture around the part first"
         )
-    whole = bounds(region) if isinstance(region, np.ndarray) else region
     if (
         whole.left < kept.left
         or whole.right > kept.right

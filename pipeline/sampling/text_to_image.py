@@ -54,6 +54,8 @@ class Drawn:
     """Of each picture."""
     meter: Meter | None = None
     """Counts what decoding costs."""
+    notes: tuple[str, ...] = ()
+    """What was changed on the way, a sentence each."""
 
     @property
     def pictures(self) -> tuple[Picture, ...]:
@@ -73,7 +75,7 @@ class Drawn:
         parts = []
         for part in codes.split(self.batch):
             with measured(self.meter, "decode", self._decoder, len(part)):
-                parts.append(self.image_tokenizer.decode(part).cpu())
+                parts.append(self.image_tokenizer.decode(part).clamp(0, 1).cpu())
         return torch.cat(parts)
 
     def _decoder(self) -> nn.Module:
@@ -155,6 +157,26 @@ class TextToImage:
                 raise DataError(f"prompt {number} is empty ({prompt!r}); say what to draw")
         return text_ids
 
+    def encode_styled(self, prompt: str, style: Style) -> tuple[list[int], str | None]:
+        """Return the model ids of a prompt in a style, and a sentence if the prompt is too long for CogLM.
+
+        A prompt loses its own end then, never the style.
+        """
+        ids, most = self.encode([style.prompt(prompt)])[0], self.coglm.config.text_length - 1
+        if len(ids) <= most:
+            return ids, None
+        total = len(ids)
+        if style.prompt(""):
+            low, high = 0, len(prompt)
+            while low + 1 < high:  # the most characters that leave room for the style
+                middle = (low + high) // 2
+                fits = len(self.encode([style.prompt(prompt[:middle])])[0]) <= most
+                low, high = (middle, high) if fits else (low, middle)
+            ids = self.encode([style.prompt(prompt[:low])])[0]
+        return ids[:most], (
+            f"the text {prompt[:40]!r}... takes {total} ids, CogLM has room for {most}; its end was left out"
+        )
+
     def with_sampling(self, sampling: SamplingConfig) -> "TextToImage":
         """Return the same models with other settings; this object stays as it is."""
         other = copy.copy(self)
@@ -201,15 +223,15 @@ class TextToImage:
                 f"{keep} of {candidates} candidates cannot be kept; keep at least 1 and at most all"
             )
         queries = self.encode(prompts)
-        text_ids = self.encode([style.prompt(prompt) for prompt in prompts])
+        text_ids, notes = zip(*(self.encode_styled(prompt, style) for prompt in prompts), strict=True)
         picks = [Pick(prompt, candidate) for prompt in range(len(prompts)) for candidate in range(candidates)]
-        base_RM = task.base(picks, text_ids, first_number)
+        base_RM = task.base(picks, list(text_ids), first_number)
         if candidates > 1:
             scores_R = task.scores(picks, queries, base_RM)
             picks = [pick._replace(score=float(score)) for pick, score in zip(picks, scores_R, strict=True)]
             rows = task.kept(picks, keep)
             picks, base_RM = [picks[row] for row in rows], base_RM[rows]
-        direct_RG, final_RX = task.superres(picks, text_ids, base_RM, first_number)
+        direct_RG, final_RX = task.superres(picks, list(text_ids), base_RM, first_number)
         return Drawn(
             base_codes=base_RM,
             direct_codes=direct_RG,
@@ -218,6 +240,7 @@ class TextToImage:
             batch=self.sampling.batch,
             picks=tuple(picks),
             meter=meter,
+            notes=tuple(note for note in notes if note is not None),
         )
 
 

@@ -80,7 +80,7 @@ class ImageTokenizer:
             codes_BG: integers [B, g*g] in raster order, on any device.
 
         Returns:
-            float32 pixels [B, 3, g*rate, g*rate], clamped to [0, 1].
+            float32 pixels [B, 3, g*rate, g*rate], not clamped (spec 1.3).
 
         Raises:
             DataError: not a square grid, or a code outside the codebook.
@@ -98,7 +98,7 @@ class ImageTokenizer:
             codes_BHW: integers, at least one, on any device.
 
         Returns:
-            float32 pixels [B, 3, H*rate, W*rate], clamped to [0, 1].
+            float32 pixels [B, 3, H*rate, W*rate], not clamped: whoever writes a file clamps (spec 1.3).
 
         Raises:
             DataError: another shape or dtype, or a code outside the codebook.
@@ -114,7 +114,7 @@ class ImageTokenizer:
                 f"codes must lie in [0, {len(self.codebook)}), not in [{low}, {high}]; "
                 "text and special ids have no pixels"
             )
-        return self.vqvae.decode(codes_BHW, self.rate).clamp(0, 1)
+        return self.vqvae.decode(codes_BHW, self.rate)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

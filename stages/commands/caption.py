@@ -45,18 +45,19 @@ def _caption(arguments: argparse.Namespace, refused: list[DataError]) -> None:
     cascade = load_models(arguments, superres=False)
     config = changed(cascade.sampling.captioning, arguments)
     batch = cascade.sampling.batch
-    number = 0
     results: list[dict[str, Any]] = []
 
     def refuse(error: DataError) -> None:
         refused.append(error)
         print(f"cogview2 caption: {error}", file=sys.stderr)
 
+    places = {path: place for place, path in reversed(list(enumerate(arguments.pictures)))}
     for paths, pictures in usable_batches(arguments.pictures, batch, refuse):
         codes_BM = encode_pictures(cascade, pictures)
+        numbers = [places[path] for path in paths]
         by_language = {
             language: caption_candidates(
-                cascade, codes_BM, language, config, arguments.seed, first_number=number, batch=batch
+                cascade, codes_BM, language, config, arguments.seed, numbers=numbers, batch=batch
             )
             for language in _LANGUAGES[arguments.language]
         }
@@ -70,7 +71,6 @@ def _caption(arguments: argparse.Namespace, refused: list[DataError]) -> None:
                 results.append(found)
                 if not arguments.json:
                     _print_line(found)
-        number += len(paths)
     if arguments.json:
         print(json.dumps(results, ensure_ascii=False, indent=2))
 

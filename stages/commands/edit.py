@@ -16,7 +16,7 @@ from cogview2.pipeline.command_line import Parser, run_command
 from cogview2.pipeline.config.sampling import EditingConfig
 from cogview2.pipeline.errors import DataError, ExitCode
 from cogview2.pipeline.sampling.editing import Edited, edit
-from cogview2.pipeline.sampling.regions import Box, Region
+from cogview2.pipeline.sampling.regions import Box, Fractions, Region
 from cogview2.pipeline.sampling.styles import NO_STYLE, find_style, load_styles
 from cogview2.stages.commands._config_options import add_options, changed
 from cogview2.stages.commands._model_options import add_model_options, load_models
@@ -28,7 +28,7 @@ _WHITE = 128
 _SHADE = np.array([255, 0, 0])
 
 
-def parse_box(text: str, width: int, height: int) -> Box:
+def parse_box(text: str) -> Box | Fractions:
     """Return the box `x0,y0,x1,y1` on a picture.
 
     The numbers are pixels, or fractions of width and height when none is above 1 and one at least has a decimal point.
@@ -48,9 +48,7 @@ def parse_box(text: str, width: int, height: int) -> Box:
                 f"box {text} is empty: x1 {parts[2]} must be above x0 {parts[0]} and y1 {parts[3]} above y0 {parts[1]}; "
                 "give x0,y0,x1,y1"
             )
-        left, top = min(int(values[0] * width), width - 1), min(int(values[1] * height), height - 1)
-        right, bottom = int(values[2] * width), int(values[3] * height)
-        return Box(left, top, max(right, left + 1), max(bottom, top + 1))
+        return Fractions(*values)
     if any(value != int(value) for value in values):
         raise DataError(f"box {text} has parts of pixels; give whole pixels, or fractions of 1 for all four")
     left, top, right, bottom = (int(value) for value in values)
@@ -71,7 +69,7 @@ def _shaded(picture: np.ndarray, mask: np.ndarray) -> Image.Image:
 
 def _paths(out: Path, text: str, count: int) -> tuple[list[Path], Path]:
     """Return the paths of the candidates, best first, and of the sheet."""
-    if out.suffix.lower() == ".png":
+    if out.suffix.lower() == ".png" and not out.is_dir():
         others = [out.with_name(f"{out.stem}.{k:02d}.png") for k in range(1, count)]
         return [out, *others], out.with_name(f"{out.stem}.sheet.png")
     return [out / f"{k:02d}-{slug(text)}.png" for k in range(count)], out / "sheet.png"
@@ -155,9 +153,14 @@ def _edit(arguments: argparse.Namespace) -> list[Path]:
     if arguments.mask is not None:
         region, part = read_mask(arguments.mask), {"Mask": arguments.mask.name}
     else:
-        region = parse_box(arguments.box, *picture.size)
-        part = {"Box": str(region)}
+        region = parse_box(arguments.box)
+        marked = region.pixels(*picture.size) if isinstance(region, Fractions) else region
+        part = {"Box": str(marked)}
     style = find_style(arguments.style, arguments.styles)
+    moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    out = arguments.out or arguments.run / "edited" / moment
+    if arguments.out is not None:  # before the work: a path that cannot be is said at once
+        fsops.make_dirs(_paths(out, arguments.text, 1)[0][0].parent)
     cascade = load_models(arguments, superres=not arguments.base_only)
     config = changed(cascade.sampling.editing, arguments)
     edited = edit(
@@ -173,7 +176,6 @@ def _edit(arguments: argparse.Namespace) -> list[Path]:
     )
     for note in edited.notes:
         print(f"cogview2 edit: {note}", file=sys.stderr)
-    moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     facts = {
         "Description": arguments.text,
         "Style": arguments.style,
@@ -185,7 +187,6 @@ def _edit(arguments: argparse.Namespace) -> list[Path]:
         "Options": json.dumps(config.model_dump(mode="json")),
     }
     inputs = [arguments.picture, *([arguments.mask] if arguments.mask else [])]
-    out = arguments.out or arguments.run / "edited" / moment
     return write_edited(out, edited, arguments.text, facts, inputs)
 
 

@@ -24,6 +24,7 @@ _SLUG_CHARACTERS = 40
 _CELL = 240
 _CAPTION_HEIGHT = 30
 _MARGIN = 8
+_LONGEST_SHOWN = 300
 _CJK_FONTS = ("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "PingFang.ttc", "msyh.ttc")
 """Looked up in the system's font folders for captions that Pillow's own font cannot draw."""
 
@@ -71,7 +72,8 @@ def sheet(
     draw = ImageDraw.Draw(canvas)
     for row, (number, prompt, pictures) in enumerate(zip(numbers, prompts, rows, strict=True)):
         font = _font(prompt)
-        caption = f"{number:02d}" if font is None else f"{number:02d}  {' '.join(prompt.split())}"
+        shown = " ".join(prompt.split())[:_LONGEST_SHOWN]
+        caption = f"{number:02d}" if font is None else f"{number:02d}  {shown}"
         font = font or ImageFont.load_default(16)
         while draw.textlength(caption, font=font) > canvas.width - 2 * _MARGIN:
             caption = caption[:-2].rstrip("\N{HORIZONTAL ELLIPSIS}") + "\N{HORIZONTAL ELLIPSIS}"
@@ -174,6 +176,10 @@ def _generate(arguments: argparse.Namespace) -> list[Path]:
     if empty:
         raise DataError(f"prompt {empty[0]} is empty; say what to draw")
     style = find_style(arguments.style, arguments.styles)
+    moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = arguments.out or arguments.run / "generated" / moment
+    if arguments.out is not None:  # before the work: a path that cannot be is said at once
+        fsops.make_dirs(folder)
     text_to_image = load_models(arguments, superres=not arguments.base_only)
     if arguments.batch is not None:
         sampling = text_to_image.sampling.model_copy(update={"batch": arguments.batch})
@@ -187,8 +193,8 @@ def _generate(arguments: argparse.Namespace) -> list[Path]:
         keep=arguments.keep,
         meter=meter,
     )
-    moment = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = arguments.out or arguments.run / "generated" / moment
+    for note in drawn.notes:
+        print(f"cogview2 generate: {note}", file=sys.stderr)
     paths = write_pictures(folder, arguments.prompts, drawn, arguments.seed)
     print(meter.table(), file=sys.stderr)
     return paths

@@ -13,6 +13,7 @@ from cogview2.pipeline.config.sampling import RankingConfig
 from cogview2.pipeline.errors import DataError, ExitCode
 from cogview2.pipeline.sampling.pictures import encode_pictures
 from cogview2.pipeline.sampling.reranking import rank
+from cogview2.pipeline.sampling.styles import Style
 from cogview2.stages.commands._config_options import add_options, changed
 from cogview2.stages.commands._model_options import add_model_options, load_models
 from cogview2.stages.commands._picture_files import usable_batches
@@ -46,7 +47,9 @@ def _rank(arguments: argparse.Namespace, refused: list[DataError]) -> None:
         raise DataError("the text is empty; describe a picture")
     cascade = load_models(arguments, superres=False)
     config = changed(cascade.sampling.ranking, arguments)
-    text_ids = cascade.encode([arguments.text])[0]
+    text_ids, note = cascade.encode_styled(arguments.text, Style())
+    if note is not None:
+        print(f"cogview2 rank: {note}", file=sys.stderr)
 
     def refuse(error: DataError) -> None:
         refused.append(error)

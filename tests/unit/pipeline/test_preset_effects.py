@@ -35,6 +35,7 @@ ELSEWHERE = {
     "sampling.ranking.candidates": f"{UNIT}/sampling/test_text_to_image.py::test_only_the_best_candidates_go_on",
     "sampling.ranking.applies": f"{UNIT}/sampling/test_text_to_image.py"
     "::test_the_released_selection_counts_for_base_pictures_alone",
+    "sampling.editing.candidates": "tests/unit/stages/commands/test_edit.py::test_the_recipe_says_how_many",
     "sampling.ranking.start": f"{UNIT}/sampling/test_reranking.py::test_the_start_token_matters",
     "sampling.ranking.softmax": f"{UNIT}/sampling/test_reranking.py::test_equals_the_naive_computation",
     "sampling.ranking.reduce": f"{UNIT}/sampling/test_reranking.py::test_equals_the_naive_computation",

@@ -41,8 +41,10 @@ HELPS = {
     "en": {"obeyed_on_average": 0.8, "obeyed_best_ranked": 0.9},
     "zh": {"obeyed_on_average": 0.8, "obeyed_best_ranked": 0.8},
 }
+INSIDE = {language: {"outside_l1": 0.006, "vqvae_outside_l1": 0.004} for language in ("en", "zh")}
+SPILLED = INSIDE | {"zh": {"outside_l1": 0.01, "vqvae_outside_l1": 0.004}}
 EQUAL = {"en": {"obeyed_on_average": 0.8, "obeyed_best_ranked": 0.8}}
-GOOD = {"caption": {"accuracy": 0.6}, "error": 0.05, "ranking": HELPS}
+GOOD = {"caption": {"accuracy": 0.6}, "error": 0.05, "ranking": HELPS, "editing": INSIDE}
 
 
 @pytest.mark.parametrize(
@@ -55,9 +57,15 @@ GOOD = {"caption": {"accuracy": 0.6}, "error": 0.05, "ranking": HELPS}
         ([4.0, 2.0], GOOD | {"error": 0.2}, ["error is 0.2, the ceiling is 0.1"]),
         (
             [4.0, 2.0],
-            {"error": 0.05, "ranking": HELPS},
+            {"error": 0.05, "ranking": HELPS, "editing": INSIDE},
             ["caption.accuracy is None, the floor is 0.5"],
         ),
+        (
+            [4.0, 2.0],
+            GOOD | {"editing": SPILLED},
+            [f"edits change what they should not: {SPILLED}"],
+        ),
+        ([4.0, 2.0], GOOD | {"editing": {}}, ["edits change what they should not: {}"]),
         (
             [4.0, 2.0],
             GOOD | {"ranking": EQUAL},

@@ -126,7 +126,9 @@ def test_greedy_equals_uncached_decoding(
 @pytest.mark.parametrize("batch", [1, 4, 64])
 def test_drawn_captions_equal_uncached_drawing_whatever_the_batch(ending: Describer, batch: int) -> None:
     config = CaptioningConfig(max_tokens=6, temperature=1.3, top_k=7, candidates=3)
-    found = caption_candidates(ending, CODES, "en", config, seed=8, first_number=2, batch=batch)
+    found = caption_candidates(
+        ending, CODES, "en", config, seed=8, numbers=range(2, 2 + len(CODES)), batch=batch
+    )
     for row, candidates in enumerate(found):
         expected = []
         for candidate in range(3):

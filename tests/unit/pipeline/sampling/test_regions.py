@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from cogview2.pipeline.errors import DataError
-from cogview2.pipeline.sampling.regions import Box, bounds, cells_of, crop_around, workpiece
+from cogview2.pipeline.sampling.regions import Box, Fractions, bounds, cells_of, crop_around, workpiece
 
 
 def _picture(width: int, height: int) -> Image.Image:
@@ -141,3 +141,23 @@ def test_cells() -> None:
         [1, 2]
     ]  # missed by the sampling: the most covered one
     assert cells_of(np.ones((3, 3), dtype=bool), 20).all()  # a crop smaller than the grid
+
+
+@pytest.mark.parametrize("side", [64, 100, 480, 512])
+def test_fractions_become_pixels_of_the_working_picture_as_published(side: int) -> None:
+    rng = np.random.default_rng(side)
+    for _ in range(40):
+        (x0, x1), (y0, y1) = np.sort(rng.random((2, 2)))
+        if x1 - x0 < 0.05 or y1 - y0 < 0.05:
+            continue
+        work = workpiece(_picture(side, side), Fractions(x0, y0, x1, y1), 480, 1)
+        expected = Box(int(480 * x0), int(480 * y0), int(480 * x1), int(480 * y1))
+        assert bounds(work.mask) == expected
+
+
+def test_fractions_of_a_wide_picture_count_from_its_own_edge() -> None:
+    work = workpiece(_picture(256, 128), Fractions(0.25, 0.0, 0.5, 1.0), 64, 4)
+    assert bounds(work.mask) == Box(0, 0, 32, 64)
+    with pytest.raises(DataError, match="outside of the middle square"):
+        workpiece(_picture(256, 128), Fractions(0.0, 0.0, 0.25, 1.0), 64, 4)
+    assert Fractions(0.5, 0.5, 0.501, 0.501).pixels(100, 50) == Box(50, 25, 51, 26)

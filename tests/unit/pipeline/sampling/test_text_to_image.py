@@ -211,6 +211,22 @@ def test_a_style_changes_prompt_and_settings_but_not_the_caption(parts: dict[str
     assert torch.equal(facade.draw(["red"], 0).base_codes, facade.draw(["red"], 0, style=Style()).base_codes)
 
 
+def test_a_long_prompt_loses_its_end_and_never_its_style(parts: dict[str, object]) -> None:
+    facade = _facade(parts)
+    most, style = facade.coglm.config.text_length - 1, Style(suffix="abc")
+    short, none = facade.encode_styled("red", style)
+    assert none is None and short == facade.encode(["red abc"])[0]
+    text = "red " * 200
+    ids, note = facade.encode_styled(text, style)
+    ending = facade.encode(["abc"])[0]
+    assert len(ids) <= most and ids[-len(ending) :] == ending
+    assert note is not None and f"room for {most}; its end was left out" in note and "\n" not in note
+    plain, note = facade.encode_styled(text, Style())
+    assert plain == facade.encode([text])[0][:most] and note is not None
+    drawn = facade.draw([text, "red"], 0, style=style)
+    assert len(drawn.notes) == 1 and facade.draw(["red"], 0).notes == ()
+
+
 def test_other_schedules_reach_the_passes(parts: dict[str, object]) -> None:
     sampling = SamplingConfig(
         iterative=IterativeSRSamplingConfig(schedule="diagonal", window=4, rounds=3, top_k=(5,))

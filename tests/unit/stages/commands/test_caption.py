@@ -70,11 +70,11 @@ def test_lines(pictures: list[str], capsys: pytest.CaptureFixture[str], loads: l
     assert loads == [
         {"run": Path("run"), "device": None, "dtype": None, "coglm_weights": None, "superres": False}
     ]
-    assert [(call["language"], call["count"], call["first_number"]) for call in CALLS] == [
-        ("en", 2, 0),
-        ("zh", 2, 0),
-        ("en", 1, 2),
-        ("zh", 1, 2),
+    assert [(call["language"], call["count"], call["numbers"]) for call in CALLS] == [
+        ("en", 2, [0, 1]),
+        ("zh", 2, [0, 1]),
+        ("en", 1, [2]),
+        ("zh", 1, [2]),
     ]
 
 

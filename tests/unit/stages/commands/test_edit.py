@@ -12,7 +12,7 @@ from PIL import Image
 from cogview2.pipeline.config.sampling import EditingConfig, SamplingConfig
 from cogview2.pipeline.errors import DataError
 from cogview2.pipeline.sampling.editing import Edited
-from cogview2.pipeline.sampling.regions import Box, Region
+from cogview2.pipeline.sampling.regions import Box, Fractions, Region
 from cogview2.pipeline.sampling.styles import Style, load_styles
 from cogview2.stages.commands import _model_options, edit
 
@@ -63,6 +63,15 @@ def picture(tmp_path: Path) -> Path:
     path = tmp_path / "in.png"
     Image.new("RGB", (40, 20), "white").save(path)
     return path
+
+
+def test_the_recipe_says_how_many(picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = [str(tmp_path), str(picture), "red", "--box", "1,2,13,14", "--out", str(tmp_path / "out")]
+    assert edit.main(arguments) == 0
+    monkeypatch.setattr(_Cascade, "sampling", SamplingConfig(editing=EditingConfig(candidates=3)))
+    assert edit.main(arguments) == 0
+    assert edit.main([*arguments, "--candidates", "2"]) == 0
+    assert [call["candidates"] for call in CALLS] == [1, 3, 2]
 
 
 def test_files(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -176,7 +185,7 @@ def test_a_turned_picture_is_edited_as_people_see_it(tmp_path: Path) -> None:
     exif[0x0112] = 6
     Image.new("RGB", (40, 20)).save(tmp_path / "turned.jpg", exif=exif)
     assert edit.main([str(tmp_path), str(tmp_path / "turned.jpg"), "red", "--box", "0.,0,1,1"]) == 0
-    assert CALLS[0]["picture"].size == (20, 40) and CALLS[0]["region"] == Box(0, 0, 20, 40)
+    assert CALLS[0]["picture"].size == (20, 40) and CALLS[0]["region"] == Fractions(0, 0, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -184,14 +193,13 @@ def test_a_turned_picture_is_edited_as_people_see_it(tmp_path: Path) -> None:
     [
         ("1,2,30,40", Box(1, 2, 30, 40)),
         ("0,0,1,1", Box(0, 0, 1, 1)),
-        ("0.0,0,1,1", Box(0, 0, 100, 50)),
-        (" .25, .5 ,0.75,1.0", Box(25, 25, 75, 50)),
-        ("0.5,0.5,0.501,0.501", Box(50, 25, 51, 26)),
+        ("0.0,0,1,1", Fractions(0, 0, 1, 1)),
+        (" .25, .5 ,0.75,1.0", Fractions(0.25, 0.5, 0.75, 1)),
         ("30,10,20,5", Box(30, 10, 20, 5)),  # pixels are checked with the picture
     ],
 )
-def test_boxes(text: str, box: Box) -> None:
-    assert edit.parse_box(text, 100, 50) == box
+def test_boxes(text: str, box: Box | Fractions) -> None:
+    assert edit.parse_box(text) == box
 
 
 @pytest.mark.parametrize(
@@ -208,7 +216,7 @@ def test_boxes(text: str, box: Box) -> None:
 )
 def test_refused_boxes(text: str, words: str) -> None:
     with pytest.raises(DataError, match=words):
-        edit.parse_box(text, 100, 50)
+        edit.parse_box(text)
 
 
 def test_refusals(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -228,6 +236,9 @@ def test_refusals(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
         ([*good, "--box", "0,0,2,2", "--out", str(picture)], "is the picture or the mask itself"),
     ]
     before = picture.read_bytes()
+    inside = [*good, "--box", "0,0,2,2", "--out", str(picture / "x")]
+    assert edit.main(inside) == 73  # a file is in the way: said before any model is loaded
+    assert "a part of the path is a file" in capsys.readouterr().err and not CALLS
     for arguments, words in cases:
         assert edit.main(arguments) == 78, arguments
         error = capsys.readouterr().err.splitlines()[-1]

@@ -12,6 +12,7 @@ from PIL import Image
 from cogview2.pipeline.config.sampling import RankingConfig, SamplingConfig
 from cogview2.pipeline.errors import DataError
 from cogview2.pipeline.sampling.reranking import Ranking
+from cogview2.pipeline.sampling.styles import Style
 from cogview2.stages.commands import _model_options, rank
 
 CALLS: list[dict[str, Any]] = []
@@ -33,6 +34,11 @@ class _Cascade:
         if prompts == ["?"]:
             raise DataError("prompt 0 is empty ('?'); say what to draw")
         return [[ord(letter) for letter in prompt] for prompt in prompts]
+
+    def encode_styled(self, prompt: str, style: Style) -> tuple[list[int], str | None]:
+        assert style == Style()
+        ids = self.encode([prompt])[0]
+        return ids[:9], "it is too long" if len(ids) > 9 else None
 
 
 def _rank(model: object, ids: list[int], codes: torch.Tensor, vocabulary: object, **options: Any) -> Ranking:
@@ -61,6 +67,12 @@ def pictures(tmp_path: Path) -> list[str]:
     for path in paths:
         Image.new("L", (16, 16), int(path.stem)).save(path)
     return [str(path) for path in paths]
+
+
+def test_a_long_text_is_cut_aloud(pictures: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert rank.main(["run", "a" * 12, *pictures]) == 0
+    assert capsys.readouterr().err == "cogview2 rank: it is too long\n"
+    assert CALLS[0]["ids"] == [97] * 9
 
 
 def test_order(pictures: list[str], capsys: pytest.CaptureFixture[str], loads: list[dict[str, Any]]) -> None:
