@@ -1,5 +1,6 @@
 """The only writer, renamer and deleter of durable files: what has its final name is whole."""
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -25,6 +26,7 @@ _REMEDIES = {
     errno.ENOTDIR: "a part of the path is a file, not a folder; choose another folder",
     errno.EISDIR: "there is a folder of that name; choose another name",
     errno.EEXIST: "a file of that name is in the way; choose another name",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
     errno.EPERM: "operation not permitted; choose another folder (--runs-dir) or change its owner or mode",
 }
 
@@ -98,10 +100,12 @@ def staged(path: Path) -> Iterator[Path]:
     try:
         with explained(path):
             yield temporary
+            os.chmod(temporary, FILE_MODE)
         fsync_file(temporary)
         replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a file system that turned read-only it would hide the reason
+            temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
@@ -129,7 +133,8 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
         if durable:
             fsync_dir(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:

@@ -42,7 +42,8 @@ def setup(level: int | str = logging.INFO, rank: int = 0, file: Path | None = No
         setattr(handler, _OURS, True)
         root.addHandler(handler)
     root.setLevel(logging.WARNING)
-    logging.getLogger("cogview2").setLevel(level)
+    for name in ("cogview2", "__main__"):  # a stage's own module runs as __main__
+        logging.getLogger(name).setLevel(level)
     quiet_libraries()
     logging.captureWarnings(True)
 

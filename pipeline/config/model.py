@@ -6,24 +6,27 @@ from pydantic import Field, model_validator
 
 from cogview2.pipeline.config.base import Config
 
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=2**26)]
+Width = Annotated[int, Field(ge=1, le=2**17)]
+Count = Annotated[int, Field(ge=1, le=2**10)]
+"""Upper bounds keep the sizes that a stranger's file claims from filling the memory before they are compared."""
 
 
 class VQVAEConfig(Config):
     """The hierarchical VQVAE: one encoder and codebook, a decoder for each of the rates 4, 8, 16 (spec 1.3)."""
 
-    base_channels: Positive = 128
-    encoder_multipliers: tuple[int, ...] = (1, 2, 4)
-    encoder_res_blocks: Positive = 2
-    decoder_multipliers: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] = (
+    base_channels: Width = 128
+    encoder_multipliers: tuple[Count, ...] = (1, 2, 4)
+    encoder_res_blocks: Count = 2
+    decoder_multipliers: tuple[tuple[Count, ...], tuple[Count, ...], tuple[Count, ...]] = (
         (1, 1, 1, 2, 4),
         (1, 1, 2, 4),
         (1, 2, 4),
     )
     """For the decoders of rates 16, 8, 4, in this order (the order of `decs` in the published layout)."""
-    latent_channels: Positive = 256
+    latent_channels: Width = 256
     codebook_size: Positive = 20_000
-    norm_groups: Positive = 32
+    norm_groups: Width = 32
     pixel_mean: tuple[float, float, float] = (0.79093, 0.76271, 0.75340)
     pixel_std: tuple[float, float, float] = (0.30379, 0.32279, 0.32800)
 
@@ -55,14 +58,14 @@ class VocabularyConfig(Config):
 class CogLMConfig(Config):
     """The transformer (spec 2.1) and its sequence layout (spec 2.5)."""
 
-    layers: Positive = 48
-    hidden: Positive = 3072
-    heads: Positive = 48
-    feed_forward_multiplier: Positive = 4
-    max_positions: Positive = 1024
-    text_length: Positive = 112
+    layers: Count = 48
+    hidden: Width = 3072
+    heads: Width = 48
+    feed_forward_multiplier: Count = 4
+    max_positions: Width = 1024
+    text_length: Width = 112
     """Slots before the image codes; the last one becomes <start_of_image>."""
-    image_position: Positive = 512
+    image_position: Width = 512
     """Position id of <start_of_image>; image code k has image_position + 1 + k."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     layernorm_eps: float = 1e-5
@@ -89,10 +92,10 @@ class CogLMConfig(Config):
 class DirectSRConfig(Config):
     """Direct super-resolution on top of a frozen CogLM (spec 4)."""
 
-    text_length: Positive = 96
-    local_kernel: tuple[Positive, Positive] = (9, 5)
+    text_length: Width = 96
+    local_kernel: tuple[Count, Count] = (9, 5)
     """Rows x columns of the window on the high-resolution grid (released: 9x5; paper: 9x9)."""
-    cross_kernel: tuple[Positive, Positive] = (5, 5)
+    cross_kernel: tuple[Count, Count] = (5, 5)
     """Rows x columns of the window on the base grid."""
     freeze_base: bool = True
     """Train only the second attention set and the new positions (spec 4.2)."""
@@ -103,8 +106,8 @@ class DirectSRConfig(Config):
 class IterativeSRConfig(Config):
     """Iterative super-resolution: masked prediction with local attention (spec 5)."""
 
-    text_length: Positive = 16
-    local_kernel: tuple[Positive, Positive] = (9, 5)
+    text_length: Width = 16
+    local_kernel: tuple[Count, Count] = (9, 5)
     mask_ratios: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.9)
     """One is drawn for each training sample (spec 5.2)."""
     init: Literal["coglm", "direct"] = "coglm"

@@ -9,6 +9,7 @@ import os
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
@@ -149,6 +150,8 @@ def open_archive(path: Path) -> Archive:
     path = Path(path)
     file = open_plain(path)
     head = file.read(512)
+    if _is_safetensors(head, os.fstat(file.fileno()).st_size):  # first: its length may begin like a pickle
+        return Archive(path, "safetensors", dict(_safetensors(path, file)), {})
     if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
         tree, storages = load_zip(path, file)
         if not all(_place(tensor) in storages for tensor in _tensors(path, tree).values()):
@@ -161,6 +164,10 @@ def open_archive(path: Path) -> Archive:
     if what is not None:
         raise CheckpointError(f"{path} is {what}")
     return Archive(path, "safetensors", dict(_safetensors(path, file)), {})
+
+
+def _is_safetensors(head: bytes, size: int) -> bool:
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= min(HEADER_BYTES, size - 8)
 
 
 def _foreign(head: bytes) -> str | None:
@@ -243,6 +250,8 @@ def _safetensors(path: Path, file: FileIO) -> Mapping[str, Stored]:
         at = end
     if start + at != size:
         raise _damaged(path, f"{size - start - at} bytes belong to no tensor")
+    if not found:
+        raise _damaged(path, "it holds no tensors")
     return found
 
 
@@ -329,6 +338,12 @@ def _placed(path: Path, tensor: torch.Tensor, file: FileIO) -> Stored:
     return TransposedTensor(whole, shape, tensor.stride(), start)
 
 
+@lru_cache(maxsize=1)
+def _whole(stored: FileTensor) -> torch.Tensor:
+    """Return all numbers of the tensor that is read now; its blocks come one after the other."""
+    return stored.rows(0, stored.shape[0])
+
+
 @dataclass(frozen=True)
 class TransposedTensor:
     """A tensor that a torch file holds in another order of dims; read as a whole."""
@@ -345,5 +360,5 @@ class TransposedTensor:
 
     def rows(self, first: int, last: int) -> torch.Tensor:
         """See `Stored`."""
-        flat = self.whole.rows(0, self.whole.shape[0])
+        flat = _whole(self.whole)
         return flat.as_strided(self.shape, self.stride, self.start)[first:last]

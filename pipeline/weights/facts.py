@@ -8,7 +8,14 @@ from pydantic import ConfigDict, Field, model_validator
 from torch import nn
 
 from cogview2.pipeline.config.base import Config
-from cogview2.pipeline.config.model import CogLMConfig, DirectSRConfig, IterativeSRConfig, VQVAEConfig
+from cogview2.pipeline.config.model import (
+    CogLMConfig,
+    Count,
+    DirectSRConfig,
+    IterativeSRConfig,
+    Positive,
+    VQVAEConfig,
+)
 from cogview2.pipeline.config.sampling import SamplingConfig
 from cogview2.pipeline.models.coglm.model import CogLM
 from cogview2.pipeline.models.sr.direct import DirectSR
@@ -39,7 +46,7 @@ class CogLMFacts(StoredFile):
     """CogLM."""
 
     config: CogLMConfig
-    rows: int
+    rows: Positive
     """Rows of the word embeddings."""
 
     def build(self) -> nn.Module:
@@ -52,10 +59,10 @@ class DirectFacts(StoredFile):
 
     config: DirectSRConfig
     coglm: CogLMConfig
-    rows: int
-    base_grid: int
+    rows: Positive
+    base_grid: Count
     """Side of the base grid."""
-    ratio: int
+    ratio: Count
     """High-resolution side / base side."""
 
     def build(self) -> nn.Module:
@@ -68,8 +75,8 @@ class IterativeFacts(StoredFile):
 
     config: IterativeSRConfig
     coglm: CogLMConfig
-    rows: int
-    grid: int
+    rows: Positive
+    grid: Count
     """Side of the high-resolution grid."""
 
     def build(self) -> nn.Module:

@@ -1,5 +1,6 @@
 """Published weights into a weights folder: every name, shape and number is checked on the way."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,12 +20,20 @@ from cogview2.pipeline.tokenizers.text import TextTokenizer
 from cogview2.pipeline.tokenizers.vocabulary import CONTROL_PIECES, RANGE_NAMES, Vocabulary
 from cogview2.pipeline.weights.archives import MemoryTensor, open_plain
 from cogview2.pipeline.weights.blocks import Blocks
-from cogview2.pipeline.weights.facts import Facts, Models, NetworkFacts, TextFacts, contradictions, data_sizes
+from cogview2.pipeline.weights.facts import (
+    NETWORKS,
+    Facts,
+    Models,
+    NetworkFacts,
+    TextFacts,
+    contradictions,
+    data_sizes,
+)
 from cogview2.pipeline.weights.folder import CLUSTERS, WeightsFolder, alone, read_labels, update_facts
 from cogview2.pipeline.weights.sizes import ANCHORS, Wishes, kind_of, sizes_of
 from cogview2.pipeline.weights.sources import Source, open_source
 from cogview2.pipeline.weights.writer import FLOATS, write_safetensors
-from cogview2.pipeline.weights_manifest import is_weights_folder
+from cogview2.pipeline.weights_manifest import MANIFEST, is_weights_folder
 
 CLUSTER_KIND = "clusters"
 AVERAGES = ("quantize.cluster_size", "quantize.embed_avg")
@@ -70,6 +79,17 @@ def count_parameters(shapes: dict[str, tuple[int, ...]]) -> int:
     return sum(prod(shape) for name, shape in shapes.items() if name not in AVERAGES)
 
 
+_FIRST_FILES = {f"{kind}.safetensors" for kind in NETWORKS} | {"icetk-text.model", CLUSTERS}
+"""What an import may leave that was killed before its very first weights.json."""
+
+
+_LEFT = re.compile(
+    rf"\.tmp\.({'|'.join([*NETWORKS, 'icetk-text'])})(-2)?\.(safetensors|model)\.[0-9a-f]+"
+    rf"|\.tmp\.({re.escape(CLUSTERS)}|{re.escape(MANIFEST)})\.[0-9a-f]+"
+)
+"""What a killed import leaves of a file that it was writing."""
+
+
 @contextmanager
 def _held(folder: Path) -> Iterator[None]:
     """Make and hold a folder; if the body fails, what was made is gone again."""
@@ -78,10 +98,12 @@ def _held(folder: Path) -> Iterator[None]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     with alone(folder):
         try:
-            if not is_weights_folder(folder) and any(
-                not path.name.startswith(".tmp.") for path in folder.iterdir()
-            ):
+            left = [path for path in folder.iterdir() if _LEFT.fullmatch(path.name)]
+            others = {path.name for path in folder.iterdir()} - {path.name for path in left} - _FIRST_FILES
+            if others and not is_weights_folder(folder):
                 raise CheckpointError(f"{folder} is not empty and no weights folder; name another one")
+            for path in left:  # nobody else writes while we hold the folder
+                path.unlink(missing_ok=True)
             yield
         except BaseException:
             for path in made:
@@ -121,6 +143,11 @@ def _refuse_second(kind: str, folder: Path, wanted: Wanted) -> None:
     held = facts.clusters if kind == CLUSTER_KIND else facts.models.get(kind)
     if held is not None:
         raise CheckpointError(f"{folder} holds {kind} already; pass --replace to import another")
+
+
+def _spelled(name: str) -> str:
+    """Return a file name as text that every file can hold: names need not be valid Unicode."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _free_name(kind: str, suffix: str, folder: Path) -> str:
@@ -177,7 +204,7 @@ def _network(kind: str, path: Path, folder: Path, wanted: Wanted) -> Report:
             "bytes": size,
             "dtype": str(max(set(dtypes), key=dtypes.count)).removeprefix("torch."),
             "parameters": parameters,
-            "source": f"{path.name} ({source.form})",
+            "source": f"{_spelled(path.name)} ({source.form})",
             "iteration": source.iteration,
         }
     )
@@ -278,7 +305,7 @@ def _text(source: Path, folder: Path, wanted: Wanted) -> Report:
         file=name,
         sha256=fsops.sha256_file(folder / name),
         bytes=len(data),
-        source=source.name,
+        source=_spelled(source.name),
         vocabulary=vocabulary,
     )
     facts = _commit("icetk-text", folder, name, wanted, lambda _: entry)
@@ -303,6 +330,8 @@ def id_layout(model: bytes, image_codes: int, where: str) -> Vocabulary:
     """
     try:
         pieces = [piece.piece for piece in model_pb2.ModelProto.FromString(model).pieces]
+        if not all(isinstance(piece, str) for piece in pieces):
+            raise DecodeError("a piece is no text")
     except DecodeError as error:
         raise CheckpointError(f"{where} is not a SentencePiece model; name the .model file") from error
     if len(pieces) <= len(CONTROL_PIECES):

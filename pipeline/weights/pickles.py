@@ -58,6 +58,11 @@ _INERT = (
     "deepspeed.utils.tensor_fragment.fragment_address",
 )
 """Globals of training states that are let in as objects that do nothing."""
+_BYTES_CODECS = frozenset(
+    "hex hex_codec base64 base64_codec base_64 bz2 bz2_codec zip zlib zlib_codec zip_codec quopri quopri_codec "
+    "quotedprintable quoted_printable uu uu_codec".split()
+)
+"""Codecs from bytes to bytes: nested calls of `_codecs.encode` would blow a few bytes up to any size."""
 _LEGACY_PICKLES = 5
 """Magic number, protocol, system, object tree, storage keys."""
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -77,13 +82,17 @@ class Inert:
         """Ignore the state."""
 
 
-def globals_of(stream: BinaryIO) -> Iterator[str]:
+def globals_of(stream: BinaryIO, strings: list[str] | None = None) -> Iterator[str]:
     """Yield `module.name` of every global that one pickle of `stream` would look up; nothing is built.
+
+    Args:
+        stream: of pickles.
+        strings: gets every string of the pickle.
 
     Raises:
         ValueError: not a whole pickle.
     """
-    strings: list[str] = []
+    strings = [] if strings is None else strings
     for opcode, argument, _ in pickletools.genops(stream):
         if opcode.name in ("GLOBAL", "INST"):
             module, _, name = str(argument).partition(" ")
@@ -99,12 +108,22 @@ def globals_of(stream: BinaryIO) -> Iterator[str]:
 
 
 def _check_globals(path: Path, stream: BinaryIO) -> None:
-    for name in globals_of(stream):
+    strings: list[str] = []
+    names = list(globals_of(stream, strings))
+    if "_codecs.encode" in names and any(_codec(text) in _BYTES_CODECS for text in strings):
+        raise CheckpointError(
+            f"{path} encodes bytes in a way that weights never do, so it is refused; save the state dict alone"
+        )
+    for name in names:
         if name not in _LOADED and name not in _INERT:
             raise CheckpointError(
                 f"{path} asks for {name}, which is no part of weights, so it is refused and nothing in it was "
                 "executed; save the state dict alone, best as .safetensors"
             )
+
+
+def _codec(text: str) -> str:
+    return text.lower().replace("-", "_").replace(" ", "_")
 
 
 def _damaged(path: Path, why: object) -> CheckpointError:
@@ -148,14 +167,14 @@ def _zip_members(path: Path, file: BinaryIO) -> dict[int, int]:
         if len(pickles) != 1:
             raise ValueError(f"it holds {len(pickles)} object trees (data.pkl) instead of one")
         root = pickles[0].removesuffix("data.pkl")
+        if any(name.endswith("/constants.pkl") or name.startswith(f"{root}code/") for name in members):
+            raise ValueError("it is a TorchScript program, not weights")
         for name, info in members.items():
             parts = name.split("/")
             if name.startswith("/") or ".." in parts or "\\" in name or not name.startswith(root):
                 raise ValueError(f"the member {name[:80]!r} lies outside")
             if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size:
                 raise ValueError(f"the member {name[:80]!r} is compressed, which torch never does")
-            if parts[-1] == "constants.pkl":
-                raise ValueError("it is a TorchScript program, not weights")
             if info.header_offset + 30 + info.file_size > size:
                 raise ValueError(f"the member {name[:80]!r} reaches past the end")
             if name.startswith(f"{root}data/"):

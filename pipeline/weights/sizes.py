@@ -187,6 +187,9 @@ def _transformer(kind: str, shapes: Shapes, known: Mapping[str, Any], wishes: Wi
         max_positions=positions,
     )
     notes = []
+    told = _number(known, ("num_attention_heads",), where)
+    if told is not None and told != heads:
+        notes.append(f"--heads {heads} counts, though the JSON says {told}")
     if claimed_rows is not None and claimed_rows < rows:
         notes.append(f"{rows - claimed_rows:,} padded rows of the vocabulary are cut off")
         rows = claimed_rows

@@ -176,7 +176,12 @@ def open_source(path: Path, anchor: str, config: Path | None = None) -> Source:
         archives, iteration, folders = [_shards(path)], None, [path.parent]
     else:
         archives, iteration, folders = [open_archive(path)], None, [path.parent]
-    known = _known(path, folders, config)
+    known = _known(archives[0].path if len(archives) == 1 else path, folders, config)
+    claimed = known.get("model_parallel_size")
+    if len(archives) > 1 and type(claimed) is int and claimed > len(archives):
+        raise CheckpointError(
+            f"{path} has {len(archives)} of the {claimed} tensor-parallel parts that its JSON names; copy the missing parts"
+        )
     prefix = _prefix(set(archives[0].tensors), anchor, path)
     parts: list[dict[str, Stored]] = []
     for archive in archives:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cogview2.pipeline import fsops
-from cogview2.pipeline.command_line import Parser, run_command
+from cogview2.pipeline.command_line import Parser, printable, run_command
 from cogview2.pipeline.errors import CheckpointError, ExitCode
 from cogview2.pipeline.weights.archives import open_archive
 from cogview2.pipeline.weights.bundle import write_bundle
@@ -78,7 +78,10 @@ def _parser() -> argparse.ArgumentParser:
 def _place(name: str) -> Path:
     """Return the path of a run given by its name in ./runs, or the path itself."""
     path, run = Path(name), Path("runs") / name
-    return run if not path.exists() and run.is_dir() else path
+    try:
+        return run if not path.exists() and run.is_dir() else path
+    except OSError as error:
+        raise CheckpointError(f"{name[:60]}... is no path ({error.strerror}); check it") from error
 
 
 def _import(arguments: argparse.Namespace) -> None:
@@ -99,8 +102,8 @@ def _import(arguments: argparse.Namespace) -> None:
     )
     report = import_weights(arguments.kind, arguments.source, arguments.target, wanted)
     for line in report.warnings:
-        print(f"cogview2: warning: {line}", file=sys.stderr)
-    print("\n".join(report.lines))
+        print(f"cogview2: warning: {printable(line)}", file=sys.stderr)
+    print("\n".join(map(printable, report.lines)))
 
 
 def _labels(collection: Collection, place: Path) -> np.ndarray | None:
@@ -144,7 +147,12 @@ def _table(tensors: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
         key = (_pattern(name), shape, dtype)
         groups[key] = groups.get(key, 0) + 1
     rows = [
-        (f"{count} x" if count > 1 else "", name, str(list(shape)), str(dtype).removeprefix("torch."))
+        (
+            f"{count} x" if count > 1 else "",
+            printable(name),
+            str(list(shape)),
+            str(dtype).removeprefix("torch."),
+        )
         for (name, shape, dtype), count in groups.items()
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -167,7 +175,10 @@ def _show(arguments: argparse.Namespace) -> None:
         tensors = {name: (tensor.shape, tensor.dtype) for name, tensor in archive.tensors.items()}
         kind, form = kind_of(set(tensors)), archive.form
     else:
-        source = open_source(place, ANCHORS["coglm"])
+        try:
+            source = open_source(place, ANCHORS["coglm"])
+        except CheckpointError:  # also what is no model at all: then the second look says why
+            source = open_source(place, ANCHORS["icetk-image"])
         tensors = {name: (source.blocks(name).shape, source.blocks(name).dtype) for name in source.names}
         kind, form = kind_of(set(tensors)), f"{source.form}, iteration {source.iteration}"
     print(_table(tensors))
@@ -182,7 +193,7 @@ def _show_collection(collection: Collection, verify: bool) -> None:
     for kind, member in collection.members.items():
         facts = member.facts
         numbers = f"{facts.parameters:,} parameters, {facts.dtype}, " if facts.parameters else ""
-        print(f"{kind}: {numbers}{sizes_in_words(facts)}; from {facts.source}; {member.path}")
+        print(f"{kind}: {numbers}{sizes_in_words(facts)}; from {printable(facts.source)}; {member.path}")
         if verify:
             if not facts.sha256:
                 raise CheckpointError(f"--verify: {collection.path} is a run, which records its own digests")

@@ -21,6 +21,22 @@ def test_the_code_is_that_of_the_work_or_of_the_error(capsys: pytest.CaptureFixt
         run_command("rank", lambda: ExitCode(1 // 0))
 
 
+def test_names_of_strangers_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse() -> ExitCode:
+        raise DataError("no \x1b[31mred\n name \u732b")
+
+    assert run_command("rank", refuse) == 78
+    assert capsys.readouterr().err == "cogview2 rank: no \\x1b[31mred\\n name \u732b\n"
+
+
+def test_ctrl_c_has_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt() -> ExitCode:
+        raise KeyboardInterrupt
+
+    assert run_command("weights import", interrupt) == 1
+    assert capsys.readouterr().err == "cogview2 weights import: interrupted\n"
+
+
 def test_a_reader_who_leaves_early_is_no_error() -> None:
     code = (
         "import sys\n"

@@ -36,6 +36,12 @@ def test_lines_carry_time_rank_and_level(tmp_path: Path, capsys: pytest.CaptureF
     assert "careful" in error and "hello" not in error
 
 
+def test_a_stage_that_runs_as_main_is_heard(tmp_path: Path) -> None:
+    setup("INFO", file=tmp_path / "log")
+    logging.getLogger("__main__").info("taken from there")
+    assert "taken from there" in (tmp_path / "log").read_text()
+
+
 def test_libraries_are_quiet_even_with_handlers_of_their_own(tmp_path: Path) -> None:
     library = logging.getLogger("DeepSpeed")
     library.addHandler(logging.NullHandler())

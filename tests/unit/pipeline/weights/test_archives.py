@@ -239,3 +239,28 @@ def test_a_modules_own_state_dict_from_a_gpu(tmp_path: Path) -> None:
     place, gpu = b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0"
     rewrite_member(tmp_path / "w.pt", "data.pkl", lambda data: data.replace(place, gpu))
     assert torch.equal(_read(tmp_path / "w.pt")["module.0.weight"], module[0].weight)
+
+
+@pytest.mark.parametrize("extra", range(0, 264, 8))
+def test_every_length_of_a_header_is_read(tmp_path: Path, extra: int) -> None:
+    """The first byte is the low one of the header's length; 0x80 is also how a pickle begins."""
+    name = "a" * (1 + extra)
+    save_file({name: torch.ones(2)}, tmp_path / "w.safetensors")
+    archive = open_archive(tmp_path / "w.safetensors")
+    assert archive.form == "safetensors" and list(archive.tensors) == [name]
+
+
+def test_a_file_without_tensors_is_refused(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match="holds no tensors"):
+        open_archive(tmp_path / "w.safetensors")
+
+
+def test_a_transposed_tensor_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"a": torch.arange(4096.0).view(64, 64).T}, tmp_path / "w.pt")
+    stored = open_archive(tmp_path / "w.pt").tensors["a"]
+    reads: list[int] = []
+    read = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda *arguments: reads.append(1) or read(*arguments))
+    rows = torch.cat([stored.rows(row, row + 1) for row in range(64)])
+    assert torch.equal(rows, torch.arange(4096.0).view(64, 64).T) and len(reads) == 1

@@ -342,3 +342,44 @@ def test_imports_side_by_side_keep_each_others_models(tmp_path: Path) -> None:
     assert folder.kinds() == ("icetk-image", "coglm")
     assert fsops.sha256_file(folder.file("coglm")) == digests(folder.path, ["coglm"])["coglm"]
     assert not [path for path in folder.path.iterdir() if path.name.startswith(".")]
+
+
+CLAIMS: list[dict[str, Any]] = [
+    {"config": {"layers": 10**7, "hidden": 16, "heads": 2}, "rows": 32},
+    {"config": {"layers": 2, "hidden": 2**40, "heads": 2}, "rows": 32},
+    {"config": {"layers": 2, "hidden": 16, "heads": 2}, "rows": 2**62},
+    {"config": {"layers": 2, "hidden": 16, "heads": 2, "max_positions": 2**61}, "rows": 32},
+]
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=["layers", "hidden", "rows", "positions"])
+def test_sizes_that_a_file_claims_are_bounded(tmp_path: Path, claim: dict[str, Any]) -> None:
+    save_file(transformer_state(), tmp_path / "w.safetensors")
+    (tmp_path / "w.json").write_text(json.dumps({"cogview2": claim}))
+    with pytest.raises(CheckpointError, match="has no sizes of a coglm"):
+        import_weights("coglm", tmp_path / "w.safetensors", tmp_path / "dst", Wanted())
+    assert not (tmp_path / "dst").exists()
+
+
+def test_names_of_countless_layers_are_refused(tmp_path: Path) -> None:
+    state = transformer_state() | {f"transformer.layers.{n}.x": torch.empty(0) for n in range(3000)}
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(CheckpointError, match="has no sizes of a coglm"):
+        import_weights("coglm", tmp_path / "w.safetensors", tmp_path / "dst", HEADS4)
+
+
+def test_what_a_killed_first_import_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    save_file(transformer_state(), tmp_path / "w.safetensors")
+    folder = tmp_path / "dst"
+    folder.mkdir()
+    (folder / "coglm.safetensors").write_text("half")
+    (folder / ".tmp.coglm.safetensors.0123abcd").write_text("half")
+    import_weights("coglm", tmp_path / "w.safetensors", folder, HEADS4)
+    assert sorted(os.listdir(folder)) == ["coglm.safetensors", "weights.json"]
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in ("thesis.tex", ".tmp.coglm.safetensors.0123abcd"):
+        (mine / name).write_text("keep me")
+    with pytest.raises(CheckpointError, match="another one"):
+        import_weights("coglm", tmp_path / "w.safetensors", mine, HEADS4)
+    assert len(os.listdir(mine)) == 2

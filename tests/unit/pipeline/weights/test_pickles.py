@@ -1,4 +1,5 @@
 import builtins
+import codecs
 import functools
 import io
 import os
@@ -128,3 +129,23 @@ def test_opcodes_that_the_restricted_loader_lacks_are_refused(tmp_path: Path) ->
     with pytest.raises(CheckpointError, match="nothing in it was executed") as caught:
         open_archive(tmp_path / "w.pt")
     assert "weights_only" not in str(caught.value)
+
+
+class _Swelling:
+    """Bytes that every level of unpickling makes twice as long."""
+
+    def __init__(self, levels: int, codec: str) -> None:
+        self.levels, self.codec = levels, codec
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        inner = b"12" if self.levels == 0 else _Swelling(self.levels - 1, self.codec)
+        return codecs.encode, (inner, self.codec)
+
+
+@pytest.mark.parametrize("form", ["zip", "before 1.6"])
+@pytest.mark.parametrize("codec", ["hex", "HEX-codec", "base64", "uu"])
+def test_a_few_bytes_cannot_become_many(tmp_path: Path, codec: str, form: str) -> None:
+    state = {"a": torch.ones(2), "more": _Swelling(12, codec)}
+    torch.save(state, tmp_path / "w.pt", _use_new_zipfile_serialization=form == "zip")
+    with pytest.raises(CheckpointError, match="encodes bytes in a way that weights never do"):
+        open_archive(tmp_path / "w.pt")
