@@ -69,7 +69,7 @@ def test_weights_of_a_checkpoint_of_another_run(finished_run: Finished, trained:
     ("weights", "words"),
     [
         ("@5", "has no checkpoint of step 5; it has step_000000004, step_000000006"),
-        ("@x", "'x' after @ is no step"),
+        ("@x", "@x is no run directory"),
     ],
 )
 def test_weights_that_are_not_there(trained: RunDirectory, weights: str, words: str) -> None:
