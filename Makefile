@@ -45,7 +45,7 @@ test-gpu: $(LINKS)
 
 bench: $(STAMP)
 	$(BIN)/python $(BENCH)/bench_cpu.py --results benchmarks/RESULTS.md --json build/bench_cpu.json
-	$(BIN)/python benchmarks/sampling/bench_sampling.py --results benchmarks/RESULTS.md --json build/bench_sampling.json
+	$(BIN)/python benchmarks/sampling/bench_sampling.py --turns 1 --results benchmarks/RESULTS.md --json build/bench_sampling.json
 
 bench-gpu: $(LINKS)
 	$(GPU_RUN) $(BENCH)/bench_gpu.py --results benchmarks/RESULTS.md --json build/bench_gpu.json
