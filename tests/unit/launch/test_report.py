@@ -7,10 +7,10 @@ import struct
 import subprocess
 import sys
 import zlib
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from report_page import Page
 
 from cogview2.launch import cli
 from cogview2.launch.charts import chart, linear_ticks, log_ticks, number, thin
@@ -65,43 +65,6 @@ RECORD = {
     "editing": {"en": {"edits": 40, "obeyed": 0.775, "outside_l1": 0.0125, "vqvae_outside_l1": 0.0115}},
     "edited_picture": {"rows": ["before", "after"], "texts": ["a new <caption>"]},
 }
-
-
-class Page(HTMLParser):
-    """Elements, their attributes, and all text of a page; refuses tags that are not closed in order."""
-
-    VOID = {"meta", "img", "br", "link", "input"}
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(convert_charrefs=True)
-        self.tags: list[tuple[str, dict[str, str]]] = []
-        self.words: list[str] = []
-        self.open: list[str] = []
-        self.source = path.read_text(encoding="utf-8")
-        self.feed(self.source)
-        assert self.open == []
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, {name: value or "" for name, value in attrs}))
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_startendtag(tag, attrs)
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] != "style":
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
-
-    def named(self, tag: str) -> list[dict[str, str]]:
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def png(width: int, height: int) -> bytes:

@@ -7,82 +7,30 @@ import pytest
 import torch
 import torch.nn.functional as functional
 from PIL import Image
+from tiny_cascade import VOCABULARY, Letters, facade, make_parts
 
-from cogview2.pipeline.config.model import CogLMConfig, DirectSRConfig, IterativeSRConfig, VQVAEConfig
 from cogview2.pipeline.config.sampling import EditingConfig, SamplingConfig
 from cogview2.pipeline.data.pixels import downsample
 from cogview2.pipeline.errors import DataError
-from cogview2.pipeline.models.coglm.model import CogLM
-from cogview2.pipeline.models.sr.direct import DirectSR
-from cogview2.pipeline.models.sr.iterative import IterativeSR
-from cogview2.pipeline.models.vqvae.model import VQVAE
 from cogview2.pipeline.sampling import editing
 from cogview2.pipeline.sampling.editing import Edited, edit, full_size
 from cogview2.pipeline.sampling.regions import Box, cells_of
 from cogview2.pipeline.sampling.reranking import caption_log_likelihood
 from cogview2.pipeline.sampling.styles import Style
 from cogview2.pipeline.sampling.text_to_image import TextToImage
-from cogview2.pipeline.tokenizers.image import ImageTokenizer
-from cogview2.pipeline.tokenizers.text import TextTokenizer
-from cogview2.pipeline.tokenizers.vocabulary import Vocabulary
 
-BASE = CogLMConfig(layers=1, hidden=16, heads=2, max_positions=32, text_length=8, image_position=10)
-VOCABULARY = Vocabulary.uniform(20, 40)
 FULL, PLAIN = 64, EditingConfig(harmonise=False)
 LARGE, SMALL = Box(8, 8, 40, 40), Box(4, 20, 20, 36)
 
 
-class _Letters:
-    """A text tokenizer: one id for each letter."""
-
-    vocabulary = VOCABULARY
-
-    def encode(self, text: str) -> list[int]:
-        return [26 + ord(letter) % 30 for letter in text if letter.isalpha()]
-
-
-def _randomized(model: torch.nn.Module) -> None:
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
-
-
 @pytest.fixture(scope="module")
 def parts() -> dict[str, object]:
-    torch.manual_seed(0)
-    coglm = CogLM(BASE, VOCABULARY.rows)
-    direct = DirectSR(BASE, DirectSRConfig(text_length=5), 4, 2, VOCABULARY.rows)
-    iterative = IterativeSR(BASE, IterativeSRConfig(text_length=3), 8, VOCABULARY.rows)
-    for model in (coglm, direct, iterative):
-        _randomized(model)
-    vqvae = VQVAE(
-        VQVAEConfig(
-            base_channels=8,
-            encoder_multipliers=(1, 1, 2),
-            decoder_multipliers=((1, 1, 1, 1, 2), (1, 1, 1, 2), (1, 1, 2)),
-            encoder_res_blocks=1,
-            latent_channels=8,
-            codebook_size=20,
-            norm_groups=4,
-        )
-    )
-    return {
-        "tokenizer": cast(TextTokenizer, _Letters()),
-        "coglm": coglm,
-        "direct": direct,
-        "iterative": iterative,
-        "image_tokenizer": ImageTokenizer(vqvae, 8),
-        "base_grid": 4,
-        "labels": torch.arange(20) % 5,
-    }
-
-
-def _facade(parts: dict[str, object], batch: int = 16, **changes: object) -> TextToImage:
-    return TextToImage(**(parts | {"sampling": SamplingConfig(batch=batch)} | changes))  # type: ignore[arg-type]
+    return make_parts()
 
 
 @pytest.fixture
 def cascade(parts: dict[str, object]) -> TextToImage:
-    return _facade(parts)
+    return facade(parts)
 
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (FULL, FULL, 3), dtype=np.uint8)
@@ -141,10 +89,10 @@ def test_a_small_crop_needs_no_super_resolution(
 
 
 def test_without_super_resolution(parts: dict[str, object]) -> None:
-    cascade = _facade(parts, direct=None, iterative=None)
+    cascade = facade(parts, direct=None, iterative=None)
     found = edit(cascade, PICTURE, LARGE, "red")
     assert found.pictures.shape == (1, 32, 32, 3) and found.fine_codes is None
-    only_direct = edit(_facade(parts, iterative=None), PICTURE, LARGE, "red")
+    only_direct = edit(facade(parts, iterative=None), PICTURE, LARGE, "red")
     assert only_direct.fine_codes is not None
 
 
@@ -207,8 +155,8 @@ def test_every_model_gets_the_same_text(
         monkeypatch.setattr(editing, name, spy)
     config = EditingConfig(second_start_of_image=second)
     edit(cascade, PICTURE, LARGE, "ab", candidates=2, config=config)
-    assert chosen == [(_Letters().encode("ab"), second)]
-    ids = _Letters().encode("ab") + ([VOCABULARY.start_of_image] if second else [])
+    assert chosen == [(Letters().encode("ab"), second)]
+    ids = Letters().encode("ab") + ([VOCABULARY.start_of_image] if second else [])
     assert texts == [[ids, ids], [ids, ids]]
 
 
@@ -228,10 +176,10 @@ def test_model_runs(cascade: TextToImage) -> None:
 
 
 def test_a_candidate_depends_on_seed_and_number_alone(parts: dict[str, object]) -> None:
-    cascade = _facade(parts)
+    cascade = facade(parts)
     four = edit(cascade, PICTURE, LARGE, "red", seed=3, number=5, candidates=4, ranked=False)
     assert four.numbers == (5, 6, 7, 8) and four.scores is None
-    small = edit(_facade(parts, batch=3), PICTURE, LARGE, "red", seed=3, number=5, candidates=4, ranked=False)
+    small = edit(facade(parts, batch=3), PICTURE, LARGE, "red", seed=3, number=5, candidates=4, ranked=False)
     assert torch.equal(four.base_codes, small.base_codes)
     assert torch.equal(cast(torch.Tensor, four.fine_codes), cast(torch.Tensor, small.fine_codes))
     alone = edit(cascade, PICTURE, LARGE, "red", seed=3, number=7)
@@ -243,7 +191,7 @@ def test_a_candidate_depends_on_seed_and_number_alone(parts: dict[str, object]) 
 def test_ranking_puts_the_likeliest_first(cascade: TextToImage) -> None:
     drawn = edit(cascade, PICTURE, LARGE, "red", candidates=5, ranked=False)
     found = edit(cascade, PICTURE, LARGE, "red", candidates=5)
-    ids = _Letters().encode("red")
+    ids = Letters().encode("red")
     scores = caption_log_likelihood(cascade.coglm, [ids] * 5, drawn.base_codes, VOCABULARY)
     order = scores.argsort(descending=True).tolist()
     assert found.numbers == tuple(order) and order != [0, 1, 2, 3, 4]
@@ -273,7 +221,7 @@ def test_pictures_of_other_modes(cascade: TextToImage, mode: str) -> None:
 
 
 def test_the_recipe_gives_the_defaults(parts: dict[str, object]) -> None:
-    cascade = _facade(parts, sampling=SamplingConfig(editing=EditingConfig(crop="whole")))
+    cascade = facade(parts, sampling=SamplingConfig(editing=EditingConfig(crop="whole")))
     assert edit(cascade, PICTURE, LARGE, "red").crop == Box(0, 0, FULL, FULL)
 
 
@@ -298,8 +246,8 @@ def test_a_style_is_added_to_the_text_but_not_scored(
     monkeypatch.setattr(editing, "rank", spy_rank)
     style = Style(suffix="oil", sampling={"base": {"temperature": 0.7}})
     edit(cascade, PICTURE, LARGE, "red", candidates=2, style=style)
-    assert chosen[0][0] == _Letters().encode("red oil") and chosen[0][1].temperature == 0.7
-    assert scored == [_Letters().encode("red")]
+    assert chosen[0][0] == Letters().encode("red oil") and chosen[0][1].temperature == 0.7
+    assert scored == [Letters().encode("red")]
     assert cascade.sampling.base.temperature == 1.15
 
 

@@ -1,70 +1,20 @@
 """The engine over a real, tiny cascade: what the command line draws, exact progress, and stopping between model runs."""
 
-from typing import cast
-
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+from tiny_cascade import facade, make_parts
 
-from cogview2.pipeline.config.model import CogLMConfig, DirectSRConfig, IterativeSRConfig, VQVAEConfig
-from cogview2.pipeline.config.sampling import SamplingConfig
-from cogview2.pipeline.models.coglm.model import CogLM
-from cogview2.pipeline.models.sr.direct import DirectSR
-from cogview2.pipeline.models.sr.iterative import IterativeSR
-from cogview2.pipeline.models.vqvae.model import VQVAE
 from cogview2.pipeline.sampling import editing, regions
 from cogview2.pipeline.sampling.styles import find_style
 from cogview2.pipeline.sampling.text_to_image import TextToImage
-from cogview2.pipeline.tokenizers.image import ImageTokenizer
-from cogview2.pipeline.tokenizers.text import TextTokenizer
-from cogview2.pipeline.tokenizers.vocabulary import Vocabulary
 from cogview2.stages.web.run_engine import RunEngine
 from cogview2.stages.web.service import Cancelled
-
-VOCABULARY = Vocabulary.uniform(20, 40)
-
-
-class _Letters:
-    """A text tokenizer: one id for each letter."""
-
-    vocabulary = VOCABULARY
-
-    def encode(self, text: str) -> list[int]:
-        return [26 + ord(letter) % 30 for letter in text if letter.isalpha()]
 
 
 @pytest.fixture(scope="module")
 def cascade() -> TextToImage:
-    torch.manual_seed(0)
-    base = CogLMConfig(layers=1, hidden=16, heads=2, max_positions=32, text_length=8, image_position=10)
-    coglm = CogLM(base, VOCABULARY.rows)
-    direct = DirectSR(base, DirectSRConfig(text_length=5), 4, 2, VOCABULARY.rows)
-    iterative = IterativeSR(base, IterativeSRConfig(text_length=3), 8, VOCABULARY.rows)
-    for model in (coglm, direct, iterative):
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.4)
-    vqvae = VQVAE(
-        VQVAEConfig(
-            base_channels=8,
-            encoder_multipliers=(1, 1, 2),
-            decoder_multipliers=((1, 1, 1, 1, 2), (1, 1, 1, 2), (1, 1, 2)),
-            encoder_res_blocks=1,
-            latent_channels=8,
-            codebook_size=20,
-            norm_groups=4,
-        )
-    )
-    return TextToImage(
-        tokenizer=cast(TextTokenizer, _Letters()),
-        coglm=coglm,
-        direct=direct,
-        iterative=iterative,
-        image_tokenizer=ImageTokenizer(vqvae, 8),
-        base_grid=4,
-        sampling=SamplingConfig(batch=2),
-        labels=torch.arange(20) % 5,
-    )
+    return facade(make_parts(), batch=2)
 
 
 class _Progress:
