@@ -33,7 +33,7 @@ def open_picture(path: Path) -> Image.Image:
     try:
         return open_image(data, RULES, min_side=1)
     except RefusedError as error:
-        raise DataError(f"{path}: {error}") from error
+        raise DataError(f"{path} cannot be used: {error}; copy it again or choose another picture") from error
 
 
 def usable_batches(

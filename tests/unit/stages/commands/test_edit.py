@@ -226,7 +226,7 @@ def test_refusals(picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     cases = [
         ([str(tmp_path), str(picture), " ", "--box", "0,0,2,2"], "the text is empty"),
         ([str(tmp_path), str(missing), "red", "--box", "0,0,2,2"], "is not a file"),
-        ([str(tmp_path), str(text), "red", "--box", "0,0,2,2"], "image_not_an_image"),
+        ([str(tmp_path), str(text), "red", "--box", "0,0,2,2"], "copy it again or choose another picture"),
         ([*good, "--mask", str(missing)], "is not a file"),
         ([*good, "--box", "1,2,3"], "is not four numbers"),
         (
