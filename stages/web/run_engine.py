@@ -66,11 +66,15 @@ class RunEngine:
         report: Report,
     ) -> Sequence[Drawing]:
         """Redraw the box (`editing.edit`)."""
-        chosen = self._styles[style]
-        cascade = self._cascade.with_sampling(chosen.sampling_for(self._cascade.sampling))
         with self._counted(report, None):
             edited = editing.edit(
-                cascade, picture, regions.Box(*box), chosen.prompt(text), seed=seed, candidates=candidates
+                self._cascade,
+                picture,
+                regions.Box(*box),
+                text,
+                seed=seed,
+                candidates=candidates,
+                style=self._styles[style],
             )
         scores = [None] * candidates if edited.scores is None else edited.scores.tolist()
         return [

@@ -109,7 +109,7 @@ def test_bad_pictures_do_not_stop_the_others(
     assert [line.split("\t")[0] for line in output.out.splitlines()] == [pictures[0], pictures[2]]
     errors = output.err.splitlines()
     assert len(errors) == 3 and all(line.startswith("cogview2 caption: ") for line in errors)
-    assert "bad.png: image_" in errors[0] and "missing.png is not a file" in errors[1]
+    assert "bad.png cannot be used: image_" in errors[0] and "missing.png is not a file" in errors[1]
     assert caption.main(["run", str(bad), "--json"]) == 78
     assert capsys.readouterr().out == "[]\n"
 

@@ -77,3 +77,12 @@ def test_a_box_is_redrawn_as_by_editing(cascade: TextToImage) -> None:
     for drawing, pixels in zip(drawings, edited.pictures, strict=True):
         assert np.array_equal(np.asarray(drawing.picture), pixels)
     assert progress.reports and all(total is None for _, total in progress.reports)
+
+
+def test_an_edit_in_a_style_scores_the_text_alone(cascade: TextToImage) -> None:
+    picture, box = Image.new("RGB", (64, 64), "white"), (8, 16, 40, 48)
+    drawings = RunEngine("tiny", cascade).edit(picture, box, "blue", "oil", 3, 2, _Progress())
+    style = find_style("oil")
+    expected = editing.edit(cascade, picture, regions.Box(*box), "blue", seed=3, candidates=2, style=style)
+    assert expected.scores is not None
+    assert [drawing.score for drawing in drawings] == expected.scores.tolist()
