@@ -4,7 +4,8 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from cogview2.pipeline.errors import CogView2Error, ConfigError, ExitCode
@@ -44,3 +45,14 @@ def run_command(name: str, work: Callable[[], ExitCode]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return int(ExitCode.DONE)
     return int(code)
+
+
+def print_paths(name: str, make: Callable[[], Sequence[Path]]) -> int:
+    """Do the work of `cogview2 name`, print the paths of what it made, and return the exit code; see run_command."""
+
+    def work() -> ExitCode:
+        for path in make():
+            print(path)  # noqa: T201
+        return ExitCode.DONE
+
+    return run_command(name, work)

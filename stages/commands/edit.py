@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from cogview2.pipeline import fsops
-from cogview2.pipeline.command_line import Parser, run_command
+from cogview2.pipeline.command_line import Parser, print_paths
 from cogview2.pipeline.config.sampling import EditingConfig
-from cogview2.pipeline.errors import DataError, ExitCode
+from cogview2.pipeline.errors import DataError
 from cogview2.pipeline.sampling.editing import Edited, edit
 from cogview2.pipeline.sampling.regions import Box, Fractions, Region
 from cogview2.pipeline.sampling.styles import NO_STYLE, find_style, load_styles
@@ -193,13 +193,7 @@ def _edit(arguments: argparse.Namespace) -> list[Path]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Edit, write and print the paths; return the exit code (errors.ExitCode)."""
     arguments = _parse(argv)
-
-    def work() -> ExitCode:
-        for path in _edit(arguments):
-            print(path)
-        return ExitCode.DONE
-
-    return run_command("edit", work)
+    return print_paths("edit", lambda: _edit(arguments))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from cogview2.pipeline import fsops
-from cogview2.pipeline.command_line import Parser, run_command
-from cogview2.pipeline.errors import DataError, ExitCode
+from cogview2.pipeline.command_line import Parser, print_paths
+from cogview2.pipeline.errors import DataError
 from cogview2.pipeline.sampling.meter import Meter
 from cogview2.pipeline.sampling.styles import NO_STYLE, find_style, load_styles
 from cogview2.pipeline.sampling.text_to_image import Drawn, Pick, Picture
@@ -203,13 +203,7 @@ def _generate(arguments: argparse.Namespace) -> list[Path]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw, write and print the paths; return the exit code (errors.ExitCode)."""
     arguments = _parse(argv)
-
-    def work() -> ExitCode:
-        for path in _generate(arguments):
-            print(path)
-        return ExitCode.DONE
-
-    return run_command("generate", work)
+    return print_paths("generate", lambda: _generate(arguments))
 
 
 if __name__ == "__main__":
