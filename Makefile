@@ -1,4 +1,4 @@
-# make quickstart | test | test-slow | test-web | test-gpu | bench | bench-gpu | checks | types | clean
+# make quickstart | test | test-slow | test-web | test-cluster | test-gpu | bench | bench-gpu | checks | types | clean
 PYTHON   ?= python3
 VENV     := .venv
 BIN      := $(VENV)/bin
@@ -11,6 +11,7 @@ PYTEST   := OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest $(FIXTURES_OPTION
 SOURCES  := pipeline stages ops launch ds_configs
 LINKS    := $(SOURCES:%=build/importroot/cogview2/%)
 BENCH    := benchmarks/local_attention
+BENCH_TRAINING := benchmarks/training
 WEB_STAMP := $(VENV)/.installed-web
 CHROMIUM ?= $(firstword $(foreach name,chromium chromium-browser google-chrome google-chrome-stable,$(shell command -v $(name))))
 # On a GPU machine nothing is installed: the Python that is named, else that of .venv where there is one, takes the
@@ -18,16 +19,16 @@ CHROMIUM ?= $(firstword $(foreach name,chromium chromium-browser google-chrome g
 GPU_PYTHON := $(if $(filter file,$(origin PYTHON)),$(or $(wildcard $(BIN)/python),$(PYTHON)),$(PYTHON))
 GPU_RUN    := PYTHONPATH=$(CURDIR)/build/importroot $(GPU_PYTHON)
 
-.PHONY: quickstart test test-slow test-web chromium test-gpu bench bench-gpu checks types install clean
+.PHONY: quickstart test test-slow test-web chromium test-cluster test-gpu bench bench-gpu checks types install clean
 
 quickstart: $(STAMP)
 	$(BIN)/cogview2 run quickstart
 
 test: $(STAMP)
-	$(PYTEST) -m "not slow and not gpu and not web" tests
+	$(PYTEST) -m "not slow and not gpu and not web and not cluster" tests
 
 test-slow: $(STAMP)
-	$(PYTEST) -m "slow and not gpu" tests
+	$(PYTEST) -m "slow and not gpu and not cluster" tests
 
 test-web: chromium $(WEB_STAMP)
 	CHROMIUM="$(CHROMIUM)" $(PYTEST) -m web tests/web
@@ -39,6 +40,11 @@ $(WEB_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e .[dev,web] playwright
 	touch $@
 
+# Hosts as network namespaces: needs root. Without root, or where the kernel forbids them, its tests say so and are skipped.
+test-cluster: $(STAMP)
+	tests/cluster/tools.sh
+	$(PYTEST) -m cluster tests/cluster
+
 # Only conftest.py of tests/gpu is read: the others import what a GPU machine need not have.
 test-gpu: $(LINKS)
 	$(GPU_RUN) -m pytest -p no:cacheprovider --confcutdir tests/gpu -m gpu tests/gpu
@@ -46,9 +52,13 @@ test-gpu: $(LINKS)
 bench: $(STAMP)
 	$(BIN)/python $(BENCH)/bench_cpu.py --results benchmarks/RESULTS.md --json build/bench_cpu.json
 	$(BIN)/python benchmarks/sampling/bench_sampling.py --turns 1 --results benchmarks/RESULTS.md --json build/bench_sampling.json
+	$(BIN)/python $(BENCH_TRAINING)/bench_loss.py --results benchmarks/RESULTS.md --json build/bench_loss.json
+	OMP_NUM_THREADS=1 $(BIN)/python $(BENCH_TRAINING)/bench_engine.py --results benchmarks/RESULTS.md --json build/bench_engine.json
 
 bench-gpu: $(LINKS)
 	$(GPU_RUN) $(BENCH)/bench_gpu.py --results benchmarks/RESULTS.md --json build/bench_gpu.json
+	$(GPU_RUN) $(BENCH_TRAINING)/bench_loss.py --device cuda --dtype bfloat16 --hidden 3072 --batch 16 --positions 6400 --results benchmarks/RESULTS.md --json build/bench_loss_gpu.json
+	$(GPU_RUN) $(BENCH_TRAINING)/bench_gpu_training.py --profile build/gpu_training_profile.txt --results benchmarks/RESULTS.md --json build/bench_gpu_training.json
 
 checks: $(STAMP) types
 	$(BIN)/ruff format --check .

@@ -1,34 +1,42 @@
 """The cascade: stages in order, each started, waited for, and believed only by its DONE record."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from cogview2.launch import local
 from cogview2.launch.changes import RESTART_FLAG, accept_recipe, set_aside, withdraw
-from cogview2.launch.process import Job
+from cogview2.launch.eta import cascade_eta, training_flops
+from cogview2.launch.failure import Losses, PeerStop, explain, was_interrupted
+from cogview2.launch.job import JobSpec
+from cogview2.launch.launchers import Launcher, LocalLauncher, job_spec
+from cogview2.launch.process import JobGroup
 from cogview2.launch.progress import ProgressLine, describe, duration, stage_label
 from cogview2.pipeline import fsops
 from cogview2.pipeline.attempt import Attempt
 from cogview2.pipeline.config.deepspeed import resolve
 from cogview2.pipeline.config.loading import stages_folder
+from cogview2.pipeline.config.partition import coglm_bounds
 from cogview2.pipeline.config.stages import STAGES, Recipe
 from cogview2.pipeline.config.training import TrainConfig
 from cogview2.pipeline.errors import ConfigError, ExitCode, LaunchError
 from cogview2.pipeline.run_dir import REPEATABLE, RunDirectory, needed_stages, units
 
-_TAIL_LINES = 20
-CommandMaker = Callable[[str, Path, Attempt, int], list[str]]
+_FRESH_SECONDS = 60.0
+"""A look at the hosts is believed for this long."""
+_MARGIN_SECONDS = 30.0
+"""What agents get on top of the ranks' own time to save, before their connections are cut."""
+_SHARED_SECONDS = 65.0
+"""How late a shared file system may show a file that another host wrote."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to run a cascade here."""
+    """How to run a cascade."""
 
     stages: tuple[str, ...]
     restart_stale: bool = False
-    command: CommandMaker = local.command
+    launcher: Launcher = field(default_factory=LocalLauncher)
 
 
 def built_stages() -> list[str]:
@@ -70,28 +78,64 @@ def train_sections(recipe: Recipe) -> dict[str, TrainConfig]:
     }
 
 
-def resolve_deepspeed(recipe: Recipe, stages: tuple[str, ...]) -> dict[str, dict[str, object]]:
+def resolve_deepspeed(
+    recipe: Recipe, stages: tuple[str, ...], ranks: int, *, cpu: bool
+) -> dict[str, dict[str, object]]:
     """Return the DeepSpeed configuration of every selected unit; refuses contradictions before any start."""
-    ranks = recipe.launch.ranks
-    cpu = local.uses_cpu(local.current_environment(), ranks)
     resolved: dict[str, dict[str, object]] = {}
     for unit, train in train_sections(recipe).items():
         if unit.partition("/")[0] in stages:
             try:
                 resolved[unit] = resolve(train.deepspeed, train, ranks, cpu=cpu)
+                _check_model(recipe, unit, resolved[unit])
             except ConfigError as error:
                 raise ConfigError(f"stage {unit}: {error}") from error
     return resolved
 
 
+def _check_model(recipe: Recipe, unit: str, resolved: Mapping[str, Any]) -> None:
+    """Refuse a DeepSpeed configuration that does not go with the unit's own model."""
+    if unit == "pretrain_coglm":
+        coglm_bounds(recipe, resolved["pipeline"]["partition"])
+    every, zero = recipe.vqvae.other_rates_every, resolved["zero_optimization"]["stage"]
+    if unit == "train_vqvae" and every > 1 and zero > 0:
+        raise ConfigError(
+            f"vqvae.other_rates_every {every} needs zero_optimization.stage 0, not {zero}: ZeRO moves weights that have no "
+            "gradient; change one of them"
+        )
+
+
+def prepare(
+    run: RunDirectory, recipe: Recipe, resolved: dict[str, dict[str, object]], options: Options
+) -> None:
+    """Create the run, or make `recipe` the recipe of an existing one; the caller holds the run's lock.
+
+    Raises:
+        CogView2Error: the recipe contradicts what was done before, or models from elsewhere are not there.
+    """
+    if run.exists():
+        for line in accept_recipe(run, recipe, restart_stale=options.restart_stale):
+            print(line)
+    else:
+        run.create(recipe)
+    for stage in options.stages:
+        for unit in units(stage):
+            run.inputs(unit, recipe)  # models from elsewhere that are not there: said before any start
+    for unit, config in resolved.items():
+        fsops.write_json(run.deepspeed_path(unit), config)
+
+
 class Cascade:
-    """One `cogview2 run` of one run directory."""
+    """One `cogview2 run`, or one `cogview2 submit` that waits, of one run directory."""
 
     def __init__(self, run: RunDirectory, recipe: Recipe, options: Options) -> None:
         self.run = run
         self.recipe = recipe
         self.options = options
+        self.launcher = options.launcher
         self.built = built_stages()
+        self._looked_at = float("-inf")
+        self._interrupted = False
 
     def execute(self) -> ExitCode:
         """Run or resume the selected stages; returns the exit code of `cogview2 run`.
@@ -99,9 +143,10 @@ class Cascade:
         Raises:
             CogView2Error: refused, before or between stages, in one sentence.
         """
-        resolved = resolve_deepspeed(self.recipe, self.options.stages)
-        with self.run.lock("cogview2 run"):
-            self._prepare(resolved)
+        self._resolve()  # contradictions are refused before anything is made, and before any host is asked
+        with self.run.lock(f"cogview2, launcher {self.launcher.name}"):
+            self._look_at_hosts()
+            prepare(self.run, self.recipe, self._resolve(), self.options)
             missing = [stage for stage in self.options.stages if stage not in self.built]
             if missing:
                 print(f"stages not built yet: {', '.join(missing)}")
@@ -111,22 +156,22 @@ class Cascade:
                 code = self._stage(stage, stage_label(index, len(selected), stage))
                 if code != ExitCode.DONE:
                     return code
+                if self._interrupted and index < len(selected):
+                    print(f"stopped after {stage}, which is done; the same command goes on from there")
+                    return ExitCode.REQUEUE
         print(f"done in {duration(time.monotonic() - begin)}: {self.run.path}")
         return ExitCode.DONE
 
-    def _prepare(self, resolved: dict[str, dict[str, object]]) -> None:
-        if self.run.exists():
-            for line in accept_recipe(self.run, self.recipe, restart_stale=self.options.restart_stale):
-                print(line)
-        else:
-            self.run.create(self.recipe)
-        for stage in self.options.stages:
-            for unit in units(stage):
-                self.run.inputs(
-                    unit, self.recipe
-                )  # models from elsewhere that are not there: said before any start
-        for unit, config in resolved.items():
-            fsops.write_json(self.run.deepspeed_path(unit), config)
+    def _resolve(self) -> dict[str, dict[str, object]]:
+        ranks = sum(host.slots for host in self.launcher.hosts(self.recipe))
+        return resolve_deepspeed(
+            self.recipe, self.options.stages, ranks, cpu=self.launcher.uses_cpu(self.recipe)
+        )
+
+    def _look_at_hosts(self) -> None:
+        if time.monotonic() - self._looked_at > _FRESH_SECONDS:
+            self.launcher.check(self.run, self.recipe)
+            self._looked_at = time.monotonic()
 
     def _stage(self, stage: str, label: str) -> ExitCode:
         self._check_needs(stage)
@@ -169,53 +214,66 @@ class Cascade:
         directory = self.run.stage(stage)
         with directory.lock("the launcher, looking for ranks that are still alive"):
             pass  # ranks that outlived a killed launcher hold this lock: refused here, naming their process
+        self._look_at_hosts()
         attempt = directory.new_attempt()
-        ranks, threads = self.recipe.launch.ranks, self.recipe.launch.threads_per_rank
-        argv = self.options.command(stage, self.run.path, attempt, ranks)
-        environment = local.environment(local.current_environment(), ranks, threads)
-        attempt.write_command(argv, environment)
+        spec = job_spec(self.launcher, self.recipe, self.run.path, stage, attempt.number)
+        spec.write()
+        commands = self.launcher.commands(spec)
+        attempt.write_commands([command.argv for command in commands], commands[0].environment)
+        local = all(command.stop == "ranks" for command in commands)
+        limit = None if local else spec.grace_seconds + _MARGIN_SECONDS
+        job = JobGroup(commands, attempt, spec.grace_seconds, limit_seconds=limit)
+        losses, peers = Losses(spec, attempt, job), PeerStop(attempt, job)
         started = time.time()
+        flops = training_flops(self.recipe, self.options.stages)
 
         def poll() -> None:
+            losses.look()
+            if not local:  # there DeepSpeed's launcher ends the peers itself
+                peers.look()
             beat = directory.heartbeat()
-            line.update(beat if beat is not None and beat.time >= started else None)
+            beat = beat if beat is not None and beat.time >= started else None
+            line.update(beat, str(cascade_eta(beat, flops) or ""))
 
         line = ProgressLine(label)
-        job = Job(argv, environment, attempt)
         returncode = job.run(poll)
+        self._interrupted = job.interrupted
         attempt.write_result(returncode, line.elapsed)
-        if self.run.is_done(stage):
+        if self._is_done(spec, attempt, patience=0.0 if local else _SHARED_SECONDS):
             beat = directory.heartbeat()
             words = f"{describe(beat)}  " if beat is not None and beat.time >= started else ""
             line.finish(f"{words}done in {duration(line.elapsed)}")
             return ExitCode.DONE
-        return self._failed(stage, attempt, line, interrupted=job.interrupted, returncode=returncode)
+        return self._failed(attempt, line, losses, returncode)
 
-    def _failed(
-        self, stage: str, attempt: Attempt, line: ProgressLine, *, interrupted: bool, returncode: int
-    ) -> ExitCode:
+    def _is_done(self, spec: JobSpec, attempt: Attempt, *, patience: float) -> bool:
+        """Believe the record only; where every rank says that it is done, wait until it can be seen from here."""
+        deadline = time.monotonic() + patience
+        while not self.run.is_done(spec.stage):
+            outcomes = attempt.outcomes()
+            if len(outcomes) < spec.ranks or any(outcome.code for outcome in outcomes):
+                return False
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(1.0)
+        return True
+
+    @staticmethod
+    def _failed(attempt: Attempt, line: ProgressLine, losses: Losses, returncode: int) -> ExitCode:
+        job = losses.job
         failure = attempt.first_failure()
-        if failure is None and interrupted:
+        lost = losses.hosts()
+        if was_interrupted(attempt, job) and not lost:
             line.finish(f"stopped after {duration(line.elapsed)}; the same command starts it again")
             return ExitCode.REQUEUE
-        if failure is not None and failure.code == ExitCode.REQUEUE:
+        if failure is not None and failure.code == ExitCode.REQUEUE and not lost:
             line.finish(failure.message or "stopped; the same command goes on from there")
             return ExitCode.REQUEUE
         line.finish(f"failed after {duration(line.elapsed)}")
-        if failure is None:
-            print(f"stage {stage} ended without its DONE record (launcher exit code {returncode})")
-            log = attempt.launcher_log
-        else:
-            step = "" if failure.step is None else f" at step {failure.step}"
-            print(f"rank {failure.rank} failed first{step}: {failure.reason}: {failure.message}")
-            log = attempt.rank_log(failure.rank)
-            log = log if log.is_file() else attempt.launcher_log
-        print(f"last lines of {log}:")
-        for text in tail(log, _TAIL_LINES):
-            print(f"  {text}")
-        print(f"all logs: {attempt.path}")
-        known = failure is not None and failure.code in ExitCode.__members__.values()
-        return ExitCode(failure.code) if failure is not None and known else ExitCode.FAILED
+        code, lines = explain(losses.spec, attempt, job, returncode, lost)
+        for text in lines:
+            print(text)
+        return code
 
 
 def summary(run: RunDirectory, stages: tuple[str, ...]) -> list[str]:
@@ -223,10 +281,3 @@ def summary(run: RunDirectory, stages: tuple[str, ...]) -> list[str]:
     records = [run.stage(unit).done() for stage in stages for unit in units(stage)]
     found = [record.extra.get("summary") for record in records if record is not None]
     return [str(line) for lines in found if isinstance(lines, list) for line in lines]
-
-
-def tail(path: Path, count: int) -> list[str]:
-    """Return the last `count` lines of a text file; nothing when it does not exist."""
-    if not path.is_file():
-        return []
-    return path.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]

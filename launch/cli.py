@@ -9,14 +9,19 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
-from cogview2.launch import local
+from cogview2.launch import launchers, local
 from cogview2.launch.cascade import Cascade, Options, select_stages, summary
+from cogview2.launch.hostfile import read_hostfile
+from cogview2.launch.plan import command as plan_command
 from cogview2.launch.status import find_models, find_run, log_file, table
+from cogview2.launch.submit import SUBMITTED, submit
 from cogview2.pipeline.command_line import Parser
 from cogview2.pipeline.config.loading import load_recipe, shipped_recipes, stages_folder
+from cogview2.pipeline.config.stages import Recipe
 from cogview2.pipeline.errors import CogView2Error, ExitCode
 from cogview2.pipeline.run_dir import RunDirectory
 
@@ -56,18 +61,22 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     run = add("run", "run or resume a recipe's cascade on this machine")
+    _add_cascade_arguments(run)
     run.add_argument(
-        "recipe", metavar="RECIPE", help=f"a .yaml file, or one of: {', '.join(shipped_recipes())}"
+        "--launcher",
+        choices=("local", "slurm"),
+        default="local",
+        help="local: this machine; slurm: the nodes of the allocation that this command runs in",
     )
-    run.add_argument("--name", help="name of the run (default: the recipe's)")
-    run.add_argument("--stages", metavar="A..B", help="a range, a list a,b, or one stage (default: all)")
-    run.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of the recipe"
+    submit = add("submit", "run or resume a recipe's cascade on other machines")
+    _add_cascade_arguments(submit)
+    submit.add_argument("--launcher", choices=SUBMITTED, required=True, help="how to reach them")
+    submit.add_argument("--hosts", type=Path, metavar="FILE", help="a line `NAME slots=N` for each host")
+    submit.add_argument(
+        "--dry-run", action="store_true", help="print what would be started, and touch nothing"
     )
-    run.add_argument(
-        "--restart-stale",
-        action="store_true",
-        help="set started stages aside whose settings or inputs changed",
+    plan_command.add_arguments(
+        commands.add_parser("plan", help=plan_command.SUMMARY, description=plan_command.SUMMARY)
     )
     status = add("status", "show the stages of a run")
     status.add_argument("run", metavar="RUN", nargs="?", help="path or name (default: the newest)")
@@ -83,25 +92,101 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _add_cascade_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "recipe", metavar="RECIPE", help=f"a .yaml file, or one of: {', '.join(shipped_recipes())}"
+    )
+    command.add_argument("--name", help="name of the run (default: the recipe's)")
+    command.add_argument("--stages", metavar="A..B", help="a range, a list a,b, or one stage (default: all)")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override one key of the recipe"
+    )
+    command.add_argument(
+        "--restart-stale",
+        action="store_true",
+        help="set started stages aside whose settings or inputs changed",
+    )
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Recipe, RunDirectory]:
     overrides = list(arguments.set)
     if arguments.name is not None:
         overrides.append(f"name={json.dumps(arguments.name)}")
     recipe = load_recipe(arguments.recipe, overrides)
-    run = RunDirectory(arguments.runs_dir / recipe.name)
-    options = Options(select_stages(arguments.stages), arguments.restart_stale)
-    ranks = recipe.launch.ranks
-    where = "CPU" if local.uses_cpu(local.current_environment(), ranks) else "GPU"
-    gpus = local.gpu_count(local.current_environment())
-    hint = f" ({gpus} GPU here; --set launch.ranks={gpus} uses it)" if where == "CPU" and gpus else ""
-    print(f"cogview2  run {recipe.name}  {ranks} ranks on {where}{hint}  {run.path}")
-    code = Cascade(run, recipe, options).execute()
+    return recipe, RunDirectory(arguments.runs_dir / recipe.name)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    recipe, run = _load(arguments)
+    options = Options(
+        select_stages(arguments.stages), arguments.restart_stale, launchers.make(arguments.launcher)
+    )
+    if arguments.launcher == "local":
+        ranks = recipe.launch.ranks
+        where = "CPU" if options.launcher.uses_cpu(recipe) else "GPU"
+        gpus = local.gpu_count(local.current_environment())
+        hint = f" ({gpus} GPU here; --set launch.ranks={gpus} uses it)" if where == "CPU" and gpus else ""
+        print(f"cogview2  run {recipe.name}  {ranks} ranks on {where}{hint}  {run.path}")
+    else:
+        print(f"cogview2  run {recipe.name}  launcher {arguments.launcher}  {run.path}", flush=True)
+    with _stopped_between_jobs():
+        code = Cascade(run, recipe, options).execute()
     if code == ExitCode.DONE:
-        if _has_report():
-            print(f"report: {_report(run)}")
-        for line in summary(run, options.stages):
-            print(line)
+        _last_words(run, options)
     return code
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    recipe, run = _load(arguments)
+    launcher = launchers.make(arguments.launcher, arguments.hosts)
+    options = Options(select_stages(arguments.stages), arguments.restart_stale, launcher)
+    if launcher.name != "slurm" and not arguments.dry_run:
+        hosts = ", ".join(f"{host.name} ({host.slots})" for host in launcher.hosts(recipe))
+        print(f"cogview2  submit {recipe.name}  {launcher.name}: {hosts}  {run.path}", flush=True)
+    with _stopped_between_jobs():
+        code = submit(run, recipe, options, hosts_file=arguments.hosts, dry_run=arguments.dry_run)
+    if code == ExitCode.DONE and launcher.name != "slurm" and not arguments.dry_run:
+        _last_words(run, options)
+    return code
+
+
+def _last_words(run: RunDirectory, options: Options) -> None:
+    if _has_report():
+        print(f"report: {_report(run)}")
+    for line in summary(run, options.stages):
+        print(line)
+
+
+@contextlib.contextmanager
+def _stopped_between_jobs() -> Iterator[None]:
+    """Let a scheduler's signal end us, between two jobs, like Ctrl-C does: start the same command again."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)
+    before = {
+        number: signal.signal(number, stop)
+        for number in numbers
+        if signal.getsignal(number) is signal.SIG_DFL
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _look_at_hosts(argv: Sequence[str]) -> int:
+    """`cogview2 doctor --hosts FILE`."""
+    parser = Parser(prog="cogview2 doctor", description="Show what every host of a list has and lacks.")
+    parser.add_argument("--hosts", type=Path, metavar="FILE", required=True)
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="must be seen by all hosts")
+    arguments = parser.parse_args(argv)
+    preflight = importlib.import_module("cogview2.launch.preflight")  # late: only this command needs it
+    text, good = preflight.doctor(read_hostfile(arguments.hosts), arguments.runs_dir.absolute())
+    print(text)
+    return ExitCode.DONE if good else ExitCode.FAILED
 
 
 def _report(run: RunDirectory) -> Path:
@@ -140,11 +225,17 @@ def _child(name: str, arguments: Sequence[str]) -> int:
 
 
 def _dispatch(argv: list[str]) -> int:
+    if argv[:1] == ["doctor"] and any(word.partition("=")[0] == "--hosts" for word in argv):
+        return _look_at_hosts(argv[1:])
     if argv and argv[0] in child_commands():
         return _child(argv[0], argv[1:])
     arguments = _parser().parse_args(argv)
     if arguments.command == "run":
         return _run(arguments)
+    if arguments.command == "submit":
+        return _submit(arguments)
+    if arguments.command == "plan":
+        return plan_command.run(arguments)
     if arguments.command == "status":
         print(table(find_run(arguments.run, arguments.runs_dir)))
     elif arguments.command == "report":

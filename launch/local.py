@@ -3,14 +3,15 @@
 import os
 import re
 import socket
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from cogview2.pipeline.attempt import Attempt
+from cogview2.launch.job import JobSpec
 
 _GPU_DEVICE = re.compile(r"nvidia\d+")
 NO_HOSTFILE = "/dev/null"
+VISIBLE_DEVICES = "COGVIEW2_VISIBLE_DEVICES"
+"""Read by every stage before anything else (stages/__init__.py)."""
 
 
 def gpu_count(environment: Mapping[str, str], devices: Path = Path("/dev")) -> int:
@@ -29,44 +30,34 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def command(stage: str, run: Path, attempt: Attempt, ranks: int) -> list[str]:
-    """Return the argv that starts `ranks` processes of a stage on this machine.
+def command(spec: JobSpec) -> list[str]:
+    """Return the argv that starts all ranks of a job on this machine.
 
     The runner gets a hostfile that is no file, so that a /job/hostfile left on the machine is never read.
     """
     return [
-        sys.executable,
-        "-m",
-        "deepspeed.launcher.runner",
-        "--hostfile",
-        NO_HOSTFILE,
-        "--num_gpus",
-        str(ranks),
-        "--master_addr",
-        "127.0.0.1",
-        "--master_port",
-        str(free_port()),
-        "--no_local_rank",
-        "--module",
-        f"cogview2.stages.{stage}",
-        "--run-dir",
-        str(run),
-        "--attempt",
-        str(attempt.number),
+        *(spec.python, "-m", "deepspeed.launcher.runner"),
+        *("--hostfile", NO_HOSTFILE, "--num_gpus", str(spec.ranks)),
+        *("--master_addr", spec.master_addr, "--master_port", spec.port_text, "--no_local_rank"),
+        *spec.stage_words(),
     ]
 
 
-def environment(base: Mapping[str, str], ranks: int, threads_per_rank: int) -> dict[str, str]:
-    """Return the environment of a local job: `base` with what libraries read before our code runs."""
-    result = dict(base)
-    result["OMP_NUM_THREADS"] = str(threads_per_rank)
-    result["TOKENIZERS_PARALLELISM"] = "false"
-    result["WDS_SECURE"] = "1"  # webdataset: no pipes, no pickles; read at its import
-    result["PYTHONUNBUFFERED"] = "1"
-    result["PYTHONSAFEPATH"] = "1"  # the working directory must not shadow a module of a rank
-    if uses_cpu(base, ranks):
-        result["DS_ACCELERATOR"] = "cpu"
-    return result
+def library_variables(threads_per_rank: int) -> dict[str, str]:
+    """Return what libraries must find in the environment of a rank before our code runs."""
+    return {
+        "OMP_NUM_THREADS": str(threads_per_rank),
+        "TOKENIZERS_PARALLELISM": "false",
+        "WDS_SECURE": "1",  # webdataset: no pipes, no pickles; read at its import
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONSAFEPATH": "1",  # the working directory must not shadow a module of a rank
+    }
+
+
+def device_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return `environment` with a second copy of CUDA_VISIBLE_DEVICES: DeepSpeed's launcher writes 0, 1, ... over it."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    return dict(environment) | ({VISIBLE_DEVICES: visible} if visible else {})
 
 
 def uses_cpu(base: Mapping[str, str], ranks: int, devices: Path = Path("/dev")) -> bool:

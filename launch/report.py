@@ -16,6 +16,7 @@ from cogview2.launch.charts import Chart, chart
 from cogview2.launch.report_skills import skill_tables
 from cogview2.launch.report_tables import StageRow, Table, at, finite, read_json
 from cogview2.pipeline import fsops
+from cogview2.pipeline.attempt import redacted
 from cogview2.pipeline.config.stages import STAGES
 from cogview2.pipeline.run_dir import RunDirectory, units
 
@@ -26,6 +27,7 @@ _STRIP_GAP = 2
 _MOST_STEPS = 8
 _RECONSTRUCTION_ROWS = ("original", "rate 4", "rate 8", "rate 16")
 _STEP = re.compile(r"_step_(\d+)\.png$")
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*")
 _FINGERPRINT = re.compile(r"[Ff]ingerprint ([0-9a-f]{8,})")
 
 
@@ -105,7 +107,11 @@ def curves(run: RunDirectory, unit: str) -> Curves | None:
         single("Learning rate", "learning_rate", "learning rate"),
         chart("Gradient norm", {"norm": _points(metrics, "grad_norm")}, y_label="norm"),
         single("Throughput", "samples_per_second", "samples/s"),
+        single("Tokens", "tokens_per_second", "tokens/s"),
+        single("Model TFLOP/s, all ranks", "model_tflops", "TFLOP/s"),
+        single("MFU", "mfu", "share of the peak"),
         single("Waiting for data", "data_wait", "share of time"),
+        single("Peak memory of a rank", "peak_memory_gib", "GiB"),
     ]
     found = Curves(unit, tuple(c for c in shown if c), tuple(c for c in more if c))
     return found if found.charts else None
@@ -175,10 +181,25 @@ def _evaluation_captions(record: dict[str, Any] | None) -> tuple[tuple[str, tupl
 
 
 def _recipe_text(run: RunDirectory) -> str:
+    """Return recipe.yaml without the values of variables that look like secrets: the page is made to be passed on."""
     try:
-        return run.recipe_path.read_text(encoding="utf-8", errors="replace")
+        lines = run.recipe_path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     except OSError:
         return ""
+    shown: list[str] = []
+    hidden: int | None = None  # indentation of the variable whose further lines are left out
+    for line in lines:
+        depth = len(line) - len(line.lstrip(" "))
+        if hidden is not None and (depth > hidden or not line.strip()):
+            continue
+        hidden = None
+        name, colon, value = line.strip().partition(": ")
+        kept = redacted({name: value}).get(name) if _VARIABLE.fullmatch(name) else value
+        if colon and kept != value:
+            hidden = depth
+            line = f"{' ' * depth}{name}: {kept}\n"
+        shown.append(line)
+    return "".join(shown)
 
 
 def _date(seconds: float | None) -> str:

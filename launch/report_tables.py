@@ -9,8 +9,8 @@ from typing import Any
 
 from cogview2.launch.cascade import built_stages
 from cogview2.launch.charts import number
-from cogview2.launch.progress import duration, rate
-from cogview2.launch.status import stage_status
+from cogview2.launch.progress import duration
+from cogview2.launch.status import speed, stage_status
 from cogview2.pipeline.config.stages import STAGES
 from cogview2.pipeline.errors import RunDirectoryError
 from cogview2.pipeline.run_dir import DoneRecord, RunDirectory, units
@@ -148,7 +148,7 @@ def _numbers(run: RunDirectory, unit: str) -> dict[str, str]:
     return {
         "step": f"{beat.step}/{beat.steps}" if trains or record is None else "",
         "loss": f"{loss:.4g}" if loss is not None else "",
-        "throughput": f"{rate(beat.throughput)} {beat.unit}" if beat.throughput is not None else "",
+        "throughput": speed(beat),
     }
 
 

@@ -1,17 +1,20 @@
 """The state of a run, read from its files only: no server, no lock taken."""
 
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from cogview2.launch.cascade import built_stages
-from cogview2.launch.progress import duration
+from cogview2.launch.eta import cascade_eta, training_flops
+from cogview2.launch.progress import duration, meter_words, rate
 from cogview2.pipeline.config.stages import STAGES
-from cogview2.pipeline.errors import RunDirectoryError
-from cogview2.pipeline.run_dir import RunDirectory
+from cogview2.pipeline.errors import CogView2Error, RunDirectoryError
+from cogview2.pipeline.run_dir import RunDirectory, units
+from cogview2.pipeline.stage_dir import Heartbeat
 from cogview2.pipeline.weights_manifest import is_weights_folder
 
-_COLUMNS = ("stage", "state", "step", "loss", "wall")
+_COLUMNS = ("stage", "state", "step", "loss", "speed", "eta", "wall")
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,8 @@ class StageStatus:
     state: str
     step: str = ""
     loss: str = ""
+    speed: str = ""
+    eta: str = ""
     wall: str = ""
 
 
@@ -82,21 +87,46 @@ def stage_status(run: RunDirectory, stage: str, *, run_locked: bool, built: bool
         state,
         f"{beat.step}/{beat.steps}" if beat is not None else "",
         f"{beat.loss:.4g}" if beat is not None and beat.loss is not None else "",
+        speed(beat),
+        duration(beat.eta_seconds) if running and beat is not None and beat.eta_seconds else "",
         duration(seconds) if seconds else "",
     )
+
+
+def speed(beat: Heartbeat | None) -> str:
+    """Return the rates of a heartbeat in words: `12k tokens/s, 24 images/s, 410 TFLOP/s, 41% MFU`."""
+    if beat is None or beat.throughput is None:
+        return ""
+    return ", ".join([f"{rate(beat.throughput)} {beat.unit}", *meter_words(beat)])
 
 
 def table(run: RunDirectory) -> str:
     """Return the stages of a run as aligned text."""
     built, locked = built_stages(), run.is_locked()
     rows = [stage_status(run, stage, run_locked=locked, built=stage in built) for stage in STAGES]
-    cells = [_COLUMNS, *[(row.stage, row.state, row.step, row.loss, row.wall) for row in rows]]
+    cells = [_COLUMNS, *[(r.stage, r.state, r.step, r.loss, r.speed, r.eta, r.wall) for r in rows]]
     widths = [max(len(line[column]) for line in cells) for column in range(len(_COLUMNS))]
     lines = [
         "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
         for line in cells
     ]
-    return "\n".join([f"run {run.path}", *lines])
+    return "\n".join([f"run {run.path}", *lines, *_cascade_line(run, rows)])
+
+
+def _cascade_line(run: RunDirectory, rows: list[StageStatus]) -> list[str]:
+    """Return when all training will be done, as a line; none where nobody knows."""
+    running = [row.stage for row in rows if row.state == "running"]
+    if not running:
+        return []
+    with contextlib.suppress(
+        CogView2Error
+    ):  # a status is shown even where the recipe is from another version
+        undone = [unit for stage in STAGES for unit in units(stage) if not run.is_done(stage)]
+        flops = training_flops(run.load_recipe(), STAGES)
+        left = {unit: flops[unit] for unit in undone if unit in flops}
+        eta = cascade_eta(run.stage(running[-1]).heartbeat(), left)
+        return [] if eta is None else [str(eta)]
+    return []
 
 
 def log_file(run: RunDirectory, stage: str | None, rank: int) -> Path:
@@ -119,4 +149,5 @@ def log_file(run: RunDirectory, stage: str | None, rank: int) -> Path:
     existing = ", ".join(str(number) for number in attempt.rank_logs())
     if existing:
         raise RunDirectoryError(f"{attempt.path} has no log of rank {rank}; there are ranks {existing}")
-    return attempt.launcher_log
+    hosts = attempt.host_logs()  # of a job on several hosts whose ranks never began
+    return hosts[0] if hosts else attempt.launcher_log

@@ -1,17 +1,41 @@
 """One try of a stage: the files by which ranks and launcher know of each other, attempts/NNNN/."""
 
+import contextlib
 import json
 import os
+import re
 import shlex
+import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cogview2.pipeline import fsops
 
-_SECRET_MARKS = ("TOKEN", "KEY", "SECRET", "PASS")
+_SECRET_MARKS = ("TOKEN", "KEY", "SECRET", "PASS", "CREDENTIAL", "AUTH", "PWD")
+_NO_SECRETS = frozenset({"TOKENIZERS_PARALLELISM", "PWD", "OLDPWD"})
+_LOGIN_IN_URL = re.compile(r"//[^/@\s]+@")
 _REDACTED = "(redacted)"
+PROBE_PREFIX = ".probe-"
+"""Begins the name of the file by which hosts show that they see a run directory."""
+KILLED = "killed"
+"""Reason in a record that a rank could not write itself."""
+_NOTICE_SECONDS = 2.0
+"""A killed rank is noticed later than its peers notice the closed connection."""
+
+
+_noted: list[int] = []
+
+
+def note_step(step: int) -> None:
+    """Remember the step (from 1) that this process works at, for the record of its end."""
+    _noted[:] = [step]
+
+
+def noted_step() -> int | None:
+    """Return the step that this process works at, or None where there are no steps."""
+    return _noted[0] if _noted else None
 
 
 @dataclass(frozen=True)
@@ -24,6 +48,8 @@ class Outcome:
     step: int | None
     message: str
     time: float
+    host: str = ""
+    """The machine's own name for itself."""
 
 
 class Attempt:
@@ -42,6 +68,14 @@ class Attempt:
         """Standard output and error of the launcher and of all ranks."""
         return self.path / "launcher.log"
 
+    def host_log(self, host: str) -> Path:
+        """Return the log of what a host's agent and the ranks below it print."""
+        return self.path / f"host-{host}.log"
+
+    def host_logs(self) -> list[Path]:
+        """Return the logs of hosts that exist, sorted by name."""
+        return sorted(self.path.glob("host-*.log"))
+
     def rank_log(self, rank: int) -> Path:
         """Return the log that the rank writes itself."""
         return self.path / f"rank-{rank}.log"
@@ -51,48 +85,59 @@ class Attempt:
         found = {int(path.stem.removeprefix("rank-")): path for path in self.path.glob("rank-*.log")}
         return dict(sorted(found.items()))
 
-    def write_command(self, argv: list[str], environment: Mapping[str, str]) -> None:
-        """Record what was started: command.txt (one shell line) and env.json without secrets."""
-        fsops.write_text(self.path / "command.txt", shlex.join(argv) + "\n")
+    def write_commands(self, argvs: Sequence[Sequence[str]], environment: Mapping[str, str]) -> None:
+        """Record what was started: command.txt (a shell line each) and env.json without secrets."""
+        lines = [shlex.join(argv) + "\n" for argv in argvs]
+        fsops.write_text(self.path / "command.txt", "".join(lines))
         fsops.write_json(self.path / "env.json", redacted(environment))
 
     def write_pid(self, rank: int) -> None:
         """Called by a rank first of all: from now on signals reach it."""
         fsops.write_text(self.path / f"rank-{rank}.pid", f"{os.getpid()}\n", durable=False)
 
-    def pids(self) -> dict[int, int]:
-        """Return rank -> process id of the ranks that have started."""
+    def pids(self, ranks: Collection[int] | None = None) -> dict[int, int]:
+        """Return rank -> process id of those of `ranks` that have started; on their own host a process id means something.
+
+        None asks for all ranks.
+        """
+        if ranks is None:
+            ranks = [int(path.stem.removeprefix("rank-")) for path in self.path.glob("rank-*.pid")]
         found: dict[int, int] = {}
-        for path in self.path.glob("rank-*.pid"):
-            text = path.read_text(encoding="utf-8").strip()
-            if text.isdigit():
-                found[int(path.stem.removeprefix("rank-"))] = int(text)
-        return dict(sorted(found.items()))
+        for rank in sorted(ranks):
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                found[rank] = int((self.path / f"rank-{rank}.pid").read_text(encoding="utf-8"))
+        return found
 
     def write_outcome(self, rank: int, reason: str, code: int, step: int | None, message: str) -> None:
         """Called by a rank last of all. `reason` is one word, `code` an ExitCode, `message` one sentence."""
-        outcome = Outcome(rank, reason, int(code), step, message, time.time())
+        outcome = Outcome(rank, reason, int(code), step, message, time.time(), socket.gethostname())
         fsops.write_json(self.path / f"outcome-rank-{rank}.json", asdict(outcome))
+
+    def outcome(self, rank: int) -> Outcome | None:
+        """Return what a rank left, or None; an unreadable record counts as none."""
+        path = self.path / f"outcome-rank-{rank}.json"
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return Outcome(
+                rank=int(content["rank"]),
+                reason=str(content["reason"]),
+                code=int(content["code"]),
+                step=content.get("step"),
+                message=str(content.get("message", "")),
+                time=float(content.get("time", path.stat().st_mtime)),
+                host=str(content.get("host", "")),
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def outcomes(self) -> list[Outcome]:
         """Return the outcomes that were written, first in time first; an unreadable one counts as none."""
-        found: list[Outcome] = []
-        for path in self.path.glob("outcome-rank-*.json"):
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-                found.append(
-                    Outcome(
-                        rank=int(content["rank"]),
-                        reason=str(content["reason"]),
-                        code=int(content["code"]),
-                        step=content.get("step"),
-                        message=str(content.get("message", "")),
-                        time=float(content.get("time", path.stat().st_mtime)),
-                    )
-                )
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
-        return sorted(found, key=lambda outcome: (outcome.time, outcome.rank))
+        names = [path.stem.removeprefix("outcome-rank-") for path in self.path.glob("outcome-rank-*.json")]
+        found = [self.outcome(int(name)) for name in names if name.isdigit()]
+        return sorted(
+            (outcome for outcome in found if outcome is not None),
+            key=lambda outcome: (outcome.time, outcome.rank),
+        )
 
     def write_result(self, returncode: int, seconds: float) -> None:
         """Called by the launcher when all processes are gone: how the job ended and how long it took."""
@@ -107,12 +152,21 @@ class Attempt:
 
     def first_failure(self) -> Outcome | None:
         """Return the earliest outcome that is not a success: the others usually follow from it."""
-        return next((outcome for outcome in self.outcomes() if outcome.code != 0), None)
+        failures = [outcome for outcome in self.outcomes() if outcome.code != 0]
+        return min(
+            failures,
+            key=lambda outcome: outcome.time - (_NOTICE_SECONDS if outcome.reason == KILLED else 0.0),
+            default=None,
+        )
 
 
 def redacted(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the environment, sorted, with the values of secret-looking names replaced."""
     return {
-        name: _REDACTED if any(mark in name.upper() for mark in _SECRET_MARKS) else value
+        name: _REDACTED if _is_secret(name) else _LOGIN_IN_URL.sub(f"//{_REDACTED}@", value)
         for name, value in sorted(environment.items())
     }
+
+
+def _is_secret(name: str) -> bool:
+    return name not in _NO_SECRETS and any(mark in name.upper() for mark in _SECRET_MARKS)

@@ -108,13 +108,14 @@ def staged(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
+def write_bytes(path: Path, data: bytes, *, durable: bool = True, mode: int = FILE_MODE) -> None:
     """Write `data` to `path` so that a reader sees the old content or the new, never a part.
 
     Args:
         path: the final name; its directory must exist.
         data: the whole content.
         durable: also survive a power loss. Only files that are rewritten every few seconds do without.
+        mode: permissions of the file from its first byte on; 0600 for what may hold secrets.
 
     Raises:
         RunDirectoryError: full or read-only disk, or no permission.
@@ -124,7 +125,7 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
     try:
         with explained(path):
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            with os.fdopen(os.open(temporary, flags, FILE_MODE), "wb") as file:
+            with os.fdopen(os.open(temporary, flags, mode), "wb") as file:
                 file.write(data)
                 file.flush()
                 if durable:
@@ -137,9 +138,9 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str, *, durable: bool = True) -> None:
+def write_text(path: Path, text: str, *, durable: bool = True, mode: int = FILE_MODE) -> None:
     """Write `text` as UTF-8; see `write_bytes`."""
-    write_bytes(path, text.encode("utf-8"), durable=durable)
+    write_bytes(path, text.encode("utf-8"), durable=durable, mode=mode)
 
 
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:

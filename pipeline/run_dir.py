@@ -1,11 +1,13 @@
 """A run directory: one recipe, its stages, and what each of them depends on."""
 
 import contextlib
+import fnmatch
 import time
 from pathlib import Path
 from typing import Any
 
 from cogview2.pipeline import fsops
+from cogview2.pipeline.attempt import PROBE_PREFIX, redacted
 from cogview2.pipeline.config.base import Config, fingerprint
 from cogview2.pipeline.config.loading import load_recipe, recipe_yaml
 from cogview2.pipeline.config.stages import STAGES, Recipe
@@ -178,7 +180,12 @@ class RunDirectory:
     def create(self, recipe: Recipe) -> "RunDirectory":
         """Make the directory and write the recipe; a directory that holds anything but a lock is refused."""
         fsops.make_dirs(self.path)
-        foreign = [entry.name for entry in self.path.iterdir() if entry.name != self.lock_path.name]
+        ours = (
+            self.lock_path.name,
+            f"{PROBE_PREFIX}*",
+        )  # a look at the hosts that was killed leaves its token
+        names = [entry.name for entry in self.path.iterdir()]
+        foreign = [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in ours)]
         if foreign:
             raise RunDirectoryError(
                 f"{self.path} is not empty (it holds {sorted(foreign)[0]}) and is no run directory; "
@@ -193,7 +200,10 @@ class RunDirectory:
     def write_recipe(self, recipe: Recipe) -> None:
         """Write the resolved recipe, with its fingerprint in the first line."""
         header = f"# The resolved recipe of this run, defaults included. Fingerprint {fingerprint(recipe)}\n"
-        fsops.write_text(self.recipe_path, header + recipe_yaml(recipe))
+        variables = recipe.launch.environment
+        secret = redacted(variables) != dict(sorted(variables.items()))
+        mode = 0o600 if secret else fsops.FILE_MODE  # its owner's alone
+        fsops.write_text(self.recipe_path, header + recipe_yaml(recipe), mode=mode)
 
     def load_recipe(self) -> Recipe:
         """Return the run's recipe; a folder without one is refused."""

@@ -7,7 +7,7 @@ import math
 import platform
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,10 @@ class Heartbeat:
     eta_seconds: float | None
     message: str
     time: float
+    meters: dict[str, float] = field(default_factory=dict)
+    """What was measured, by the names of metrics.jsonl; empty where nothing trains."""
+    slowest: str | None = None
+    """The rank that the others wait for (its ratio is `slowest_ratio` of the meters), or None in an even job."""
 
 
 def package_versions() -> dict[str, str]:
@@ -241,6 +245,8 @@ class StageDirectory:
         unit: str = "samples/s",
         eta_seconds: float | None = None,
         message: str = "",
+        meters: Mapping[str, float] | None = None,
+        slowest: str | None = None,
     ) -> None:
         """Say how far the stage is; rank 0 does so every few seconds. A non-finite number becomes null."""
         beat = Heartbeat(
@@ -253,6 +259,8 @@ class StageDirectory:
             _finite(eta_seconds),
             message,
             time.time(),
+            {name: value for name, value in (meters or {}).items() if math.isfinite(value)},
+            slowest,
         )
         fsops.write_json(self.heartbeat_path, asdict(beat), durable=False)
 

@@ -10,11 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cogview2.pipeline import logging as our_logging
-from cogview2.pipeline.attempt import Attempt
+from cogview2.pipeline.attempt import Attempt, noted_step
 from cogview2.pipeline.config.stages import Recipe
-from cogview2.pipeline.distributed.process import World, process_group, world_from_environment
+from cogview2.pipeline.distributed.process import (
+    World,
+    claimed_rank,
+    planned_ranks,
+    process_group,
+    world_from_environment,
+)
 from cogview2.pipeline.distributed.seeding import seed_everything
-from cogview2.pipeline.errors import CogView2Error, ExitCode, Preempted
+from cogview2.pipeline.errors import CogView2Error, ExitCode, LaunchError, Preempted
 from cogview2.pipeline.run_dir import RunDirectory, StageDirectory
 from cogview2.pipeline.training.preemption import StopFlag
 
@@ -62,10 +68,10 @@ def run_stage(name: str, job: Job, *, collective: bool = True) -> None:
     )
     arguments = parser.parse_args()
     stop = StopFlag().install()
-    world = world_from_environment()
     run = RunDirectory(arguments.run_dir)
     stage = run.stage(name).create()
     attempt = stage.attempt(arguments.attempt)
+    world = _who_am_i(run, attempt)
     attempt.write_pid(world.rank)
     our_logging.setup(logging.INFO, world.rank, attempt.rank_log(world.rank))
     code = ExitCode.FAILED
@@ -79,6 +85,16 @@ def run_stage(name: str, job: Job, *, collective: bool = True) -> None:
         # Not sys.exit: after a failure, threads of gloo that wait for a dead peer would keep the process alive.
         logging.shutdown()
         os._exit(int(code))
+
+
+def _who_am_i(run: RunDirectory, attempt: Attempt) -> World:
+    """Return this rank's place in the job that its launcher planned; leave with an outcome where there is none."""
+    try:
+        return world_from_environment(planned_ranks(attempt.path), run.recipe_path)
+    except LaunchError as error:
+        print(f"cogview2: {error}", file=sys.stderr, flush=True)  # noqa: T201 - there is no log yet
+        attempt.write_outcome(claimed_rank(), type(error).__name__, error.exit_code, None, str(error))
+        os._exit(int(error.exit_code))
 
 
 def _work(
@@ -102,17 +118,16 @@ def _guarded(attempt: Attempt, world: World, work: Callable[[], None]) -> ExitCo
         work()
     except Preempted as error:
         logger.warning("%s", error)
-        attempt.write_outcome(world.rank, "preempted", error.exit_code, None, str(error))
+        attempt.write_outcome(world.rank, "preempted", error.exit_code, noted_step(), str(error))
         return error.exit_code
     except CogView2Error as error:
         logger.error("%s", error)
-        attempt.write_outcome(world.rank, type(error).__name__, error.exit_code, None, str(error))
+        attempt.write_outcome(world.rank, type(error).__name__, error.exit_code, noted_step(), str(error))
         return error.exit_code
     except BaseException as error:  # the outcome must be written for every kind of end
         logger.exception("unexpected error")
-        attempt.write_outcome(
-            world.rank, type(error).__name__, ExitCode.FAILED, None, f"{type(error).__name__}: {error}"
-        )
+        text = f"{type(error).__name__}: {error}"
+        attempt.write_outcome(world.rank, type(error).__name__, ExitCode.FAILED, noted_step(), text)
         return ExitCode.FAILED
-    attempt.write_outcome(world.rank, "done", ExitCode.DONE, None, "")
+    attempt.write_outcome(world.rank, "done", ExitCode.DONE, noted_step(), "")
     return ExitCode.DONE

@@ -12,17 +12,17 @@ from cogview2.pipeline.distributed.process import barrier
 from cogview2.pipeline.distributed.seeding import seed_everything
 from cogview2.pipeline.training.batches import PairBatches, direct_sample, iterative_sample
 from cogview2.pipeline.training.engine import PlainEngine, export_weights
-from cogview2.pipeline.training.modules import TrainModule
 from cogview2.pipeline.training.train_modules.sr import DirectSRTrainModule, IterativeSRTrainModule
 from cogview2.pipeline.training.trainer import Trainer
 from cogview2.pipeline.weights.files import WEIGHTS, load_into, load_weights
 from cogview2.stages._loading import build_direct, build_iterative, load_vocabulary, open_models
 from cogview2.stages._runner import StageContext, run_stage
+from cogview2.stages._work import work_of
 
 logger = logging.getLogger(__name__)
 
 
-def _direct(context: StageContext) -> TrainModule:
+def _direct(context: StageContext) -> DirectSRTrainModule:
     recipe, vocabulary = context.recipe, load_vocabulary(context.run)
     model = build_direct(recipe, vocabulary.rows)
     if recipe.direct_sr.init_from is not None:
@@ -32,7 +32,7 @@ def _direct(context: StageContext) -> TrainModule:
     return DirectSRTrainModule(model, vocabulary)
 
 
-def _iterative(context: StageContext) -> TrainModule:
+def _iterative(context: StageContext) -> IterativeSRTrainModule:
     recipe, vocabulary = context.recipe, load_vocabulary(context.run)
     model = build_iterative(recipe, vocabulary.rows)
     if recipe.iterative_sr.init_from is not None:
@@ -49,7 +49,7 @@ def _train_part(
     context: StageContext,
     part: str,
     train: TrainConfig,
-    build: Callable[[StageContext], TrainModule],
+    build: Callable[[StageContext], DirectSRTrainModule | IterativeSRTrainModule],
     make: Any,
 ) -> None:
     run, recipe, world = context.run, context.recipe, context.world
@@ -58,9 +58,10 @@ def _train_part(
         logger.info("%s is done", unit.name)
         return
     seed_everything(recipe.seed)
-    module = build(context).to(world.device)
+    module = build(context)
     seed_everything(recipe.seed, world.rank + 1)
     deepspeed = resolve(train.deepspeed, train, world.size, cpu=world.device.type == "cpu")
+    module.model.transformer.activation_checkpointing = "activation_checkpointing" in deepspeed
     engine = PlainEngine(module, deepspeed, train.optimizer, world)
     batches = PairBatches(
         ShardIndex.load(run.stage("shard_dataset").output / "train"),
@@ -81,8 +82,10 @@ def _train_part(
         fingerprint=run.fingerprint(recipe, unit.name),
         world=world,
         stop=context.stop,
+        work=work_of(context, unit.name),
     ).fit()
     export_weights(engine, unit.output / WEIGHTS, {"kind": f"{part}-sr"})
+    engine.close()  # the next model needs its memory
     if world.is_first:
         context.finish(unit, {"loss": result.loss})
     # Iterative super-resolution may start from these weights, and names them in its fingerprint.

@@ -5,40 +5,39 @@ from functools import partial
 from typing import Any
 
 from cogview2.pipeline.config.deepspeed import resolve
+from cogview2.pipeline.config.partition import coglm_bounds
 from cogview2.pipeline.data.shard_index import ShardIndex
 from cogview2.pipeline.distributed.seeding import seed_everything
 from cogview2.pipeline.models.coglm.model import CogLM
-from cogview2.pipeline.models.coglm.pipe import init_as_pipe, load_plain_state
 from cogview2.pipeline.tokenizers.vocabulary import Vocabulary
 from cogview2.pipeline.training.batches import MixedBatches, PairBatches, coglm_sample, text_share
-from cogview2.pipeline.training.engine import PipeEngine, PlainEngine, TrainingEngine, export_weights
-from cogview2.pipeline.training.train_modules.coglm import CogLMTrainModule, pipe_module
+from cogview2.pipeline.training.engine import PlainEngine, TrainingEngine, export_weights
+from cogview2.pipeline.training.train_modules.coglm import coglm_engine
 from cogview2.pipeline.training.trainer import StepBatches, Trainer
-from cogview2.pipeline.weights.files import WEIGHTS, load_into, load_weights
+from cogview2.pipeline.weights.files import WEIGHTS
 from cogview2.stages._loading import load_text_to_image, load_vocabulary, open_models
 from cogview2.stages._pictures import draw_prompts, fixed_prompts
 from cogview2.stages._runner import StageContext, run_stage
+from cogview2.stages._work import work_of
 
 logger = logging.getLogger(__name__)
 
 
 def _engine(context: StageContext, vocabulary: Vocabulary) -> TrainingEngine:
     recipe, world = context.recipe, context.world
-    train, model = recipe.coglm.train, recipe.coglm.model
+    train, start = recipe.coglm.train, recipe.coglm.init_from
     deepspeed = resolve(train.deepspeed, train, world.size, cpu=world.device.type == "cpu")
     seed_everything(recipe.seed, world.rank + 1)
-    start = recipe.coglm.init_from
-    if train.pipeline_parallel > 1:
-        module = pipe_module(model, vocabulary, train.pipeline_parallel, deepspeed["pipeline"], recipe.seed)
-        if start is not None:
-            load_plain_state(module, load_weights(open_models(start).file("coglm")), model)
-        return PipeEngine(module, deepspeed, train.optimizer, model)
-    plain = CogLMTrainModule(model, vocabulary, "activation_checkpointing" in deepspeed)
-    if start is not None:
-        load_into(plain.model, open_models(start).file("coglm"))
-    else:
-        init_as_pipe(plain.model, recipe.seed)  # the same start whatever the parallelism
-    return PlainEngine(plain.to(world.device), deepspeed, train.optimizer, world)
+    return coglm_engine(
+        recipe.coglm.model,
+        vocabulary,
+        train,
+        deepspeed,
+        coglm_bounds(recipe, deepspeed["pipeline"]["partition"], vocabulary.rows),
+        world,
+        recipe.seed,
+        None if start is None else open_models(start).file("coglm"),
+    )
 
 
 def _batches(context: StageContext, vocabulary: Vocabulary, engine: TrainingEngine) -> StepBatches:
@@ -89,8 +88,11 @@ def job(context: StageContext) -> None:
         world=world,
         stop=context.stop,
         on_sample=on_sample,
+        work=work_of(context, stage.name),
     ).fit()
     export_weights(engine, stage.output / WEIGHTS, {"kind": "coglm"})
+    if on_sample is None:
+        engine.close()  # its memory is for the model that draws
     if world.is_first:
         if on_sample is None:
             # Partitioned over ranks while training: the grid is drawn from the exported weights.

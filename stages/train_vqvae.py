@@ -24,6 +24,7 @@ from cogview2.pipeline.weights.files import WEIGHTS, save_weights
 from cogview2.stages._loading import CLUSTERS, open_models, save_labels
 from cogview2.stages._pictures import grid, save_png, to_uint8
 from cogview2.stages._runner import StageContext, run_stage
+from cogview2.stages._work import work_of
 
 logger = logging.getLogger(__name__)
 SHOWN = 8
@@ -105,7 +106,7 @@ def job(context: StageContext) -> None:
     usable = _usable(context, source, source.splits["train"])
     # Equal weights and codebook on every rank: DeepSpeed broadcasts parameters, not buffers.
     seed_everything(recipe.seed)
-    module = VQVAETrainModule(config, recipe.seed, recipe.data.compression_rate).to(world.device)
+    module = VQVAETrainModule(config, recipe.seed, recipe.data.compression_rate)
     if config.init_from is not None:
         module.start_from(_weights_of(context, "init_from", config.init_from))
     seed_everything(recipe.seed, world.rank + 1)
@@ -140,7 +141,7 @@ def job(context: StageContext) -> None:
         world=world,
         stop=context.stop,
         on_sample=_reconstructions(context, module, originals),
-        unit="images/s",
+        work=work_of(context, context.stage.name),
     ).fit()
     export_weights(engine, Path(stage.output) / WEIGHTS, {"kind": "vqvae"})
     if world.is_first:

@@ -1,14 +1,16 @@
 """The DeepSpeed configuration of a stage: a checked JSON (how) joined with the recipe's section (what)."""
 
+import itertools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from cogview2 import ds_configs
-from cogview2.pipeline.config.deepspeed_schema import DeepSpeedJson
+from cogview2.pipeline.config.deepspeed_schema import AutocastJson, Bf16Json, DeepSpeedJson, Fp16Json
 from cogview2.pipeline.config.problems import Origins, validate
-from cogview2.pipeline.config.training import TrainConfig
+from cogview2.pipeline.config.training import OptimizerConfig, TrainConfig
 from cogview2.pipeline.config.yaml_reader import MAX_BYTES, KeyPath
 from cogview2.pipeline.errors import ConfigError
 
@@ -130,43 +132,99 @@ def accumulation_steps(train: TrainConfig, micro_batch: int, data_parallel: int)
     return steps
 
 
-def _refuse_contradictions(how: DeepSpeedJson, train: TrainConfig, name: str) -> None:
+def _enabled(section: Bf16Json | Fp16Json | AutocastJson | None) -> bool:
+    return section is not None and section.enabled
+
+
+def _precision_problems(how: DeepSpeedJson, cpu: bool) -> Iterator[str]:
+    bf16, fp16, autocast = (_enabled(section) for section in (how.bf16, how.fp16, how.torch_autocast))
     stage = how.zero_optimization.stage
-    bf16 = how.bf16 is not None and how.bf16.enabled
-    fp16 = how.fp16 is not None and how.fp16.enabled
-    autocast = how.torch_autocast is not None and how.torch_autocast.enabled
     if bf16 + fp16 + autocast > 1:
-        raise ConfigError(f"{name}: more than one of bf16, fp16 and torch_autocast is enabled; keep one")
-    if train.pipeline_parallel > 1 and stage >= 2:
-        raise ConfigError(
-            f"{name}: zero_optimization.stage {stage} does not work with train.pipeline_parallel "
-            f"{train.pipeline_parallel}; use stage 1, or pipeline_parallel 1"
+        yield "more than one of bf16, fp16 and torch_autocast is enabled; keep one"
+    if fp16 and cpu:
+        yield "fp16 does not train on CPUs; use bf16, or leave both out"
+    if (bf16 or fp16) and stage == 0:
+        yield (
+            f"{'bf16' if bf16 else 'fp16'} with zero_optimization.stage 0 follows another trajectory than every other "
+            "stage; use stage 1"
         )
-    if train.pipeline_parallel > 1 and stage == 0:
-        raise ConfigError(
-            f"{name}: zero_optimization.stage 0 clips gradients wrongly with train.pipeline_parallel "
-            f"{train.pipeline_parallel}; use stage 1"
+    if autocast and how.torch_autocast is not None and how.torch_autocast.dtype == "float16":
+        yield (
+            "torch_autocast with dtype float16 clips gradients that are still scaled; use fp16, or dtype bfloat16"
         )
-    if bf16 and stage == 0:
-        raise ConfigError(
-            f"{name}: bf16 with zero_optimization.stage 0 follows another trajectory than every other stage; "
-            "use stage 1"
+    own = "bf16" if bf16 else "fp16" if fp16 else "fp32"
+    sums = how.data_types.grad_accum_dtype if how.data_types is not None else own
+    if sums not in ("fp32", own):
+        yield f"data_types.grad_accum_dtype {sums} does not go with weights in {own}; use fp32 or {own}"
+    travels = how.communication_data_type
+    if travels not in (None, "fp32", own):
+        yield f"communication_data_type {travels} does not go with weights in {own}; use fp32 or {own}"
+
+
+def _pipeline_problems(how: DeepSpeedJson, train: TrainConfig) -> Iterator[str]:
+    stages, zero = train.pipeline_parallel, how.zero_optimization
+    if stages == 1:
+        return
+    if zero.stage >= 2:
+        yield (
+            f"zero_optimization.stage {zero.stage} does not work with train.pipeline_parallel {stages}; "
+            "use stage 1, or pipeline_parallel 1"
         )
-    offloaded = how.zero_optimization.offload_optimizer
-    if train.optimizer.kind == "muon" and offloaded is not None and offloaded.device != "none":
-        raise ConfigError(
-            f"{name}: offload_optimizer does not go with train.optimizer.kind muon; delete it, or use adamw"
+    if _enabled(how.torch_autocast):
+        yield (
+            f"torch_autocast does not reach the loss and the recomputed layers with train.pipeline_parallel {stages}; "
+            "use bf16, or pipeline_parallel 1"
         )
-    if train.optimizer.kind == "muon" and (stage != 0 or train.pipeline_parallel > 1):
-        raise ConfigError(
-            f"{name}: train.optimizer.kind muon needs whole matrices on every rank; use zero_optimization.stage 0 "
+    if zero.overlap_comm:
+        yield (
+            f"zero_optimization.overlap_comm has no effect with train.pipeline_parallel {stages}; "
+            "delete it, or use pipeline_parallel 1"
+        )
+    sums = how.data_types.grad_accum_dtype if how.data_types is not None else None
+    if sums == "fp32" and (_enabled(how.fp16) or (_enabled(how.bf16) and zero.offload_optimizer is not None)):
+        what = "fp16" if _enabled(how.fp16) else "offload_optimizer"
+        yield (
+            f"data_types.grad_accum_dtype fp32 with {what} does not add up the gradients of the tied word embeddings with "
+            f"train.pipeline_parallel {stages}; delete data_types, or use bf16 without offload_optimizer"
+        )
+    counts = how.pipeline.partition
+    if not isinstance(counts, str) and len(counts) != stages:
+        yield (
+            f"pipeline.partition has {len(counts)} counts for train.pipeline_parallel {stages}; give {stages} of them"
+        )
+
+
+def _zero_problems(how: DeepSpeedJson) -> Iterator[str]:
+    zero = how.zero_optimization
+    if zero.offload_optimizer is not None and zero.stage == 0:
+        yield "offload_optimizer has no effect with zero_optimization.stage 0; use stage 1, 2 or 3, or delete it"
+    if zero.offload_param is not None and zero.stage != 3:
+        yield f"offload_param needs zero_optimization.stage 3, not {zero.stage}; change one of them"
+
+
+def _muon_problems(how: DeepSpeedJson, train: TrainConfig) -> Iterator[str]:
+    if train.optimizer.kind != "muon":
+        return
+    stage = how.zero_optimization.stage
+    if how.zero_optimization.offload_optimizer is not None:
+        yield "offload_optimizer does not go with train.optimizer.kind muon; delete it, or use adamw"
+    if stage != 0 or train.pipeline_parallel > 1:
+        yield (
+            "train.optimizer.kind muon needs whole matrices on every rank; use zero_optimization.stage 0 "
             f"(not {stage}) without pipeline_parallel, or kind adamw"
         )
-    offloads = how.zero_optimization.offload_param
-    if offloads is not None and offloads.device != "none" and stage != 3:
-        raise ConfigError(
-            f"{name}: offload_param needs zero_optimization.stage 3, not {stage}; change one of them"
-        )
+
+
+def _refuse_contradictions(how: DeepSpeedJson, train: TrainConfig, name: str, cpu: bool) -> None:
+    """Refuse what DeepSpeed computes wrongly, ignores, or finds out only once all ranks run (docs/parallelism.md)."""
+    problems = (
+        _precision_problems(how, cpu),
+        _muon_problems(how, train),
+        _pipeline_problems(how, train),
+        _zero_problems(how),
+    )
+    for problem in itertools.chain(*problems):
+        raise ConfigError(f"{name}: {problem}")
 
 
 def resolve(json_name: str, train: TrainConfig, world_size: int, *, cpu: bool = False) -> dict[str, Any]:
@@ -182,21 +240,35 @@ def resolve(json_name: str, train: TrainConfig, world_size: int, *, cpu: bool = 
         ConfigError: the JSON cannot be used, or contradicts the recipe.
     """
     how = read_json(json_name)
-    _refuse_contradictions(how, train, json_name)
+    _refuse_contradictions(how, train, json_name, cpu)
     data_parallel = data_parallel_size(train, world_size)
     micro_batch = micro_batch_size(train, how.train_micro_batch_size_per_gpu, data_parallel)
     accumulation = accumulation_steps(train, micro_batch, data_parallel)
-    optimizer = train.optimizer
     config = how.model_dump(mode="json", exclude_none=True)
     config["train_micro_batch_size_per_gpu"] = micro_batch
     config["train_batch_size"] = math.prod((micro_batch, accumulation, data_parallel))
     config["gradient_accumulation_steps"] = accumulation
-    config["gradient_clipping"] = optimizer.gradient_clipping
+    config["gradient_clipping"] = train.optimizer.gradient_clipping
     config["steps_per_print"] = _NEVER
+    _resolve_optimizer(config, train.optimizer, cpu)
+    if how.data_types is not None:
+        # By default they travel in the type of the weights, and what was summed in fp32 is rounded on the way.
+        config.setdefault("communication_data_type", how.data_types.grad_accum_dtype)
+    pipeline = config["pipeline"]
+    pipeline.setdefault("activation_checkpoint_interval", int(how.activation_checkpointing is not None))
+    # Re-entrant checkpointing, the default, silently drops gradients when a segment's inputs are integers.
+    pipeline["use_reentrant"] = False
+    return config
+
+
+def _resolve_optimizer(config: dict[str, Any], optimizer: OptimizerConfig, cpu: bool) -> None:
     params = config["optimizer"]["params"]
     params["torch_adam"] = params["torch_adam"] or cpu
     if params["torch_adam"]:
         params["fused"] = True  # one kernel; the default takes a tenth of a small network's step
+        if "offload_optimizer" in config["zero_optimization"]:
+            # DeepSpeed asks to be told that no kernel of its own is wanted.
+            config |= {"zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
     params |= {
         "lr": optimizer.learning_rate,
         "betas": list(optimizer.betas),
@@ -205,6 +277,11 @@ def resolve(json_name: str, train: TrainConfig, world_size: int, *, cpu: bool = 
     }
     if optimizer.kind == "muon":
         del config["optimizer"]  # the engine gets the optimizer itself
-    # Re-entrant checkpointing, the default, silently drops gradients when a segment's inputs are integers.
-    config["pipeline"]["use_reentrant"] = False
-    return config
+
+
+def weights_dtype(config: dict[str, Any]) -> Literal["float32", "bfloat16", "float16"]:
+    """Return the type in which a resolved configuration keeps the weights on the device; masters are always float32."""
+    for section, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        if config.get(section, {}).get("enabled"):
+            return dtype  # type: ignore[return-value]  # one of the two above
+    return "float32"

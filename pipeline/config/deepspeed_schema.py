@@ -13,8 +13,8 @@ Count = Annotated[int, Field(ge=0)]
 class OptimizerParamsJson(Config):
     """How AdamW is computed; what it computes (learning rate, betas, ...) stands in the recipe."""
 
-    torch_adam: bool = False
-    """torch's AdamW in place of DeepSpeed's fused kernel, which is compiled at the first use."""
+    torch_adam: bool = True
+    """torch's own fused AdamW; false takes DeepSpeed's kernels, which are compiled at the first use."""
     adam_w_mode: Literal[True] = True
 
 
@@ -32,14 +32,17 @@ class Bf16Json(Config):
 
 
 class Fp16Json(Config):
-    """float16 with a loss scale; 0 means dynamic."""
+    """float16 weights and activations, fp32 master weights, a loss scale that follows the gradients."""
 
     enabled: bool = True
-    loss_scale: Annotated[float, Field(ge=0)] = 0
     initial_scale_power: Count = 16
+    """The first loss scale is 2 to this power."""
     loss_scale_window: Positive = 1000
+    """Steps without overflow after which the scale doubles."""
     hysteresis: Positive = 2
+    """Overflows before the scale is halved; each of them skips its step."""
     min_loss_scale: Annotated[float, Field(gt=0)] = 1
+    """An overflow at this scale ends training."""
 
 
 class AutocastJson(Config):
@@ -50,19 +53,16 @@ class AutocastJson(Config):
 
 
 class DataTypesJson(Config):
-    """Type in which gradients are summed over micro batches."""
+    """Type in which gradients are summed over micro batches and, unless communication_data_type says otherwise, ranks."""
 
     grad_accum_dtype: Literal["fp32", "bf16", "fp16"]
 
 
 class OffloadJson(Config):
-    """Where optimizer state or parameters live when not on the device."""
+    """Optimizer state or parameters live in the host's memory."""
 
-    device: Literal["none", "cpu", "nvme"]
-    nvme_path: str | None = None
+    device: Literal["cpu"] = "cpu"
     pin_memory: bool = True
-    buffer_count: Positive | None = None
-    buffer_size: Positive | None = None
 
 
 class ZeroJson(Config):
@@ -72,7 +72,6 @@ class ZeroJson(Config):
     contiguous_gradients: bool | None = None
     reduce_scatter: bool | None = None
     reduce_bucket_size: Positive | None = None
-    allgather_partitions: bool | None = None
     allgather_bucket_size: Positive | None = None
     overlap_comm: bool | None = None
     round_robin_gradients: bool | None = None
@@ -87,21 +86,19 @@ class ZeroJson(Config):
 
 
 class ActivationCheckpointingJson(Config):
-    """Recompute activations in the backward pass."""
+    """Where this section stands, even empty, the activations inside each layer are computed again in the backward pass.
 
-    partition_activations: bool = False
-    cpu_checkpointing: bool = False
-    contiguous_memory_optimization: bool = False
-    number_checkpoints: Positive | None = None
-    synchronize_checkpoint_boundary: bool = False
-    profile: bool = False
+    DeepSpeed's own settings of it belong to its re-entrant checkpointing, which is never used.
+    """
 
 
 class PipelineJson(Config):
-    """Pipe stages: how layers are shared out, and how many of them make one recomputed segment (0: none)."""
+    """Pipe stages of CogLM; nothing here counts without train.pipeline_parallel above 1."""
 
-    partition: Literal["uniform", "parameters"] = "parameters"
-    activation_checkpoint_interval: Count = 0
+    partition: Literal["cost", "parameters", "uniform"] | tuple[Positive, ...] = "cost"
+    """See pipeline/config/partition.py; a list gives the blocks of each pipe stage."""
+    activation_checkpoint_interval: Count | None = None
+    """Layers that are recomputed together, 0 for none; by default 1 where `activation_checkpointing` stands, else 0."""
 
 
 class CommsLoggerJson(Config):
@@ -123,11 +120,8 @@ class DeepSpeedJson(Config):
     torch_autocast: AutocastJson | None = None
     data_types: DataTypesJson | None = None
     zero_optimization: ZeroJson
-    zero_force_ds_cpu_optimizer: bool | None = None
-    zero_allow_untested_optimizer: bool | None = None
     communication_data_type: Literal["fp32", "bf16", "fp16"] | None = None
-    prescale_gradients: bool | None = None
-    gradient_predivide_factor: Annotated[float, Field(gt=0)] | None = None
+    """Type in which gradients are summed over ranks; by default that of data_types.grad_accum_dtype, else of the weights."""
     activation_checkpointing: ActivationCheckpointingJson | None = None
     pipeline: PipelineJson = PipelineJson()
     comms_logger: CommsLoggerJson | None = None

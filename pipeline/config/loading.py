@@ -7,9 +7,10 @@ from typing import Any
 
 import yaml
 
+from cogview2.pipeline.config.base import Config
 from cogview2.pipeline.config.data import GENERATED_SOURCE
 from cogview2.pipeline.config.presets import apply_preset
-from cogview2.pipeline.config.problems import Origins, dotted, keys_of, suggestion, validate
+from cogview2.pipeline.config.problems import Origins, dotted, holds_texts, keys_of, suggestion, validate
 from cogview2.pipeline.config.stages import Recipe
 from cogview2.pipeline.config.yaml_reader import KeyPath, read_file, read_text
 from cogview2.pipeline.errors import ConfigError
@@ -65,7 +66,7 @@ def _apply_override(data: dict[str, Any], override: str, origins: Origins) -> No
     if not equals or not all(path):
         raise ConfigError(f"{where}: an override is KEY=VALUE, for example coglm.train.steps=100")
     value, _ = read_text(text, where)
-    section: type | None = Recipe
+    section: type[Config] | None = Recipe
     for depth, name in enumerate(path):
         if section is None:
             raise ConfigError(
@@ -75,6 +76,11 @@ def _apply_override(data: dict[str, Any], override: str, origins: Origins) -> No
         if name not in known:
             here = path[: depth + 1]
             raise ConfigError(f"{where}: unknown key {dotted(here)!r}; {suggestion(here, section, Recipe)}")
+        if holds_texts(section, str(name)) and depth == len(path) - 2:
+            value = (
+                text  # launch.environment.NAME: the operator's own name, and a text whatever YAML makes of it
+            )
+            break
         section = known[str(name)]
     target = data
     for depth, name in enumerate(path[:-1]):

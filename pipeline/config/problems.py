@@ -61,6 +61,12 @@ def keys_of(model: type[Config]) -> dict[str, type[Config] | None]:
     return {field.alias or name: section_of(field.annotation) for name, field in model.model_fields.items()}
 
 
+def holds_texts(model: type[Config], key: str) -> bool:
+    """Return whether a key of `model` is a mapping from names of the operator's own choice to texts."""
+    annotation = model.model_fields[key].annotation if key in model.model_fields else None
+    return typing.get_origin(annotation) is dict and typing.get_args(annotation)[1] is str
+
+
 def all_keys(model: type[Config], prefix: KeyPath = ()) -> Iterator[KeyPath]:
     """Yield the path of every key of `model` and of its sections."""
     for name, section in keys_of(model).items():

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from cogview2.pipeline.config.base import Config
 from cogview2.pipeline.config.data import DataConfig
+from cogview2.pipeline.config.launch import LaunchConfig
 from cogview2.pipeline.config.model import CogLMConfig, DirectSRConfig, IterativeSRConfig, VQVAEConfig
 from cogview2.pipeline.config.presets import Preset
 from cogview2.pipeline.config.sampling import SamplingConfig
@@ -13,13 +14,6 @@ from cogview2.pipeline.config.training import TrainConfig
 
 Positive = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0)]
-
-
-class LaunchConfig(Config):
-    """The local launcher's shape of a job."""
-
-    ranks: Positive = 2
-    threads_per_rank: Positive = 1
 
 
 class TokenizerConfig(Config):

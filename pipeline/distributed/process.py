@@ -1,16 +1,19 @@
 """Process group: start, stop, and the few collectives on plain objects."""
 
 import datetime
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from cogview2.ops.registry import register
+from cogview2.pipeline.distributed import discovery
 from cogview2.pipeline.errors import LaunchError
 
 T = TypeVar("T")
@@ -32,12 +35,25 @@ class World:
         return self.rank == 0
 
 
-def world_from_environment() -> World:
-    """Read RANK, WORLD_SIZE and LOCAL_RANK, which the launcher sets; a process started by hand is alone.
+def world_from_environment(expected: int | None = None, shared: Path | None = None) -> World:
+    """Return who this process is: by RANK, WORLD_SIZE and LOCAL_RANK, which the launcher sets, or over MPI.
+
+    A process started by hand is alone. Under mpirun the ranks find each other (discovery.py), and the variables are
+    set for the libraries.
+
+    Args:
+        expected: the ranks of the job as its launcher planned it; None where nobody did.
+        shared: a file that all hosts of an MPI job must see with the same content.
 
     Raises:
-        LaunchError: a value is no number, or the rank is outside the world.
+        LaunchError: a value is no number, the rank is outside the world, the world is not the expected one, several
+            Slurm tasks know nothing of each other, or the hosts of an MPI job do not fit together.
     """
+    if "RANK" not in os.environ:
+        if discovery.started_by_mpi(os.environ):
+            os.environ.update(discovery.discover(os.environ, shared))
+        else:
+            discovery.refuse_lonely_tasks(os.environ)
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     try:
         values = {name: int(os.environ.get(name, default)) for name, default in names.items()}
@@ -49,9 +65,36 @@ def world_from_environment() -> World:
         raise LaunchError(
             f"RANK {values['RANK']} is outside WORLD_SIZE {values['WORLD_SIZE']}; start with cogview2 run"
         )
+    if expected is not None and values["WORLD_SIZE"] != expected:
+        raise LaunchError(
+            f"WORLD_SIZE is {values['WORLD_SIZE']} but the job was planned for {expected} ranks; start it again with "
+            "cogview2 run or submit, not by hand"
+        )
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     device = torch.device("cuda", values["LOCAL_RANK"]) if cuda else torch.device("cpu")
     return World(values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"], device)
+
+
+def planned_ranks(attempt: Path) -> int | None:
+    """Return the ranks of the job that an attempt's launcher wrote down (job.json), or None where it wrote nothing.
+
+    Raises:
+        LaunchError: the file cannot be read here.
+    """
+    path = attempt / "job.json"
+    try:
+        return sum(int(host["slots"]) for host in json.loads(path.read_text(encoding="utf-8"))["hosts"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LaunchError(f"{path} cannot be read ({error}); start with cogview2 run or submit") from error
+
+
+def claimed_rank() -> int:
+    """Return the rank that the environment gives this process, believed or not; 0 where it says nothing."""
+    names = ("RANK", *discovery.RANK_NAMES)
+    value = next((os.environ[name] for name in names if name in os.environ), "0")
+    return int(value) if value.isascii() and value.isdigit() else 0
 
 
 @contextmanager

@@ -21,6 +21,16 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def gather_rows(row: torch.Tensor) -> torch.Tensor:
+    """Return the rows [N] of all ranks as [ranks, N], in rank order, on every rank; on the device of `row`."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return row[None].clone()
+    moved = row.cuda() if dist.get_backend() == "nccl" else row
+    rows = [torch.empty_like(moved) for _ in range(dist.get_world_size())]
+    dist.all_gather(rows, moved)
+    return torch.stack(rows).to(row.device)
+
+
 class MetricsWriter:
     """metrics.jsonl and TensorBoard of one model; used by rank 0 only."""
 
@@ -44,11 +54,14 @@ class MetricsWriter:
                 continue  # the last line of a killed process may be torn
         fsops.write_text(self._jsonl, "".join(f"{line}\n" for line in kept))
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Record the numbers of `step`."""
-        fsops.append_line(self._jsonl, json.dumps({"step": step} | values))
+    def scalars(self, step: int, values: dict[str, float], words: dict[str, str] | None = None) -> None:
+        """Record the numbers of `step`, and what is said in words about it."""
+        said = words or {}
+        fsops.append_line(self._jsonl, json.dumps({"step": step} | values | said))
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        for name, text in said.items():
+            self._board.add_text(name, text, step)
 
     def image(self, step: int, name: str, pixels_HWC: np.ndarray) -> None:
         """Record a uint8 picture [H, W, 3]."""

@@ -1,7 +1,7 @@
 """What the trainer needs to know of a model: a module that turns a micro batch into a loss."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -9,9 +9,12 @@ from torch import nn
 Batch = dict[str, torch.Tensor]
 
 
-@dataclass(frozen=True)
-class LossOutput:
-    """Loss of one micro batch, and sums and counts that add up over micro batches and ranks."""
+class LossOutput(NamedTuple):
+    """Loss of one micro batch, and sums and counts that add up over micro batches and ranks.
+
+    A tuple, because DeepSpeed looks for tensors in tuples only: without the hook that it puts on the loss, float32 sums of
+    bf16 gradients count every micro batch but the last one again.
+    """
 
     loss: torch.Tensor
     """Scalar with gradient."""

@@ -29,7 +29,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="cogview2 doctor", description="Show versions, devices and operators, and what they lack."
     )
     parser.add_argument("--build", action="store_true", help="compile the local-attention kernels now")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--hosts", metavar="FILE", help="look at the hosts of a host list instead (with --runs-dir DIR)"
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.hosts is not None:  # asks over ssh, for which nothing here is needed
+        parser.error("--hosts belongs to the command itself; write `cogview2 doctor --hosts FILE`")
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:

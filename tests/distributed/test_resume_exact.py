@@ -45,8 +45,11 @@ def _compare(straight: RunDirectory, resumed: RunDirectory, stage: str) -> None:
 
 @pytest.mark.parametrize(
     ("ranks", "how", "settings"),
-    [(2, "SIGTERM", ()), (1, "SIGKILL", ()), (2, "SIGKILL", VQVAE_ZERO1)],
-    ids=["two ranks", "one rank", "ZeRO 1"],
+    [
+        pytest.param(2, "SIGTERM", (), id="two ranks"),
+        pytest.param(1, "SIGKILL", (), id="one rank", marks=pytest.mark.slow),
+        pytest.param(2, "SIGKILL", VQVAE_ZERO1, id="ZeRO 1", marks=pytest.mark.slow),
+    ],
 )
 def test_train_vqvae(tmp_path: Path, ranks: int, how: str, settings: tuple[str, ...]) -> None:
     # Lines every 5 steps, checkpoints every 2: the sums of a line must survive too.

@@ -43,6 +43,7 @@ def test_a_bundle_describes_the_same_way(finished_run: Finished, bundle: Path, t
     assert said[0] == said[1] and "zh" in said[0]
 
 
+@pytest.mark.slow
 def test_a_new_run_starts_from_a_bundle(finished_run: Finished, bundle: Path, tmp_path: Path) -> None:
     arguments = run_arguments(
         tmp_path / "runs",
@@ -70,6 +71,7 @@ def test_a_new_run_starts_from_a_bundle(finished_run: Finished, bundle: Path, tm
     assert "skipped" in command_line(*arguments).stdout
 
 
+@pytest.mark.slow
 def test_a_bundle_is_evaluated_without_training(finished_run: Finished, bundle: Path, tmp_path: Path) -> None:
     arguments = run_arguments(
         tmp_path / "runs",

@@ -21,7 +21,7 @@ def test_all_recipes_are_shipped() -> None:
 def test_recipe_loads_and_resolves(path: Path) -> None:
     recipe = load_recipe(path, [])
     assert recipe.name == path.stem
-    resolved = resolve_deepspeed(recipe, tuple(STAGES))
+    resolved = resolve_deepspeed(recipe, tuple(STAGES), recipe.launch.ranks, cpu=False)
     assert set(resolved) == set(train_sections(recipe))
     for unit, train in train_sections(recipe).items():
         config = resolved[unit]

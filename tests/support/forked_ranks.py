@@ -4,9 +4,10 @@ import logging
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import deepspeed
@@ -43,8 +44,11 @@ def _main(work: Callable[[int], Any], rank: int, world: int, port: int, pipe: Co
         os._exit(0)
 
 
-def run_ranks(work: Callable[[int], Any], world: int) -> list[Any]:
-    """Call work(rank) on every rank and return what they return, tensors as numpy arrays; a failure fails the test."""
+def run_ranks(work: Callable[[int], Any], world: int, limit: float | None = None) -> list[Any]:
+    """Call work(rank) on every rank and return what they return, tensors as numpy arrays.
+
+    The first failure of a rank fails the test at once: the others would wait for it until `limit` seconds (TIME_LIMIT) are over.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -58,11 +62,25 @@ def run_ranks(work: Callable[[int], Any], world: int) -> list[Any]:
         pipes.append(receiver)
         ranks.append(process)
     try:
-        answers = [pipe.recv() if pipe.poll(TIME_LIMIT) else "no answer in time" for pipe in pipes]
+        return _answers(pipes, TIME_LIMIT if limit is None else limit)
     finally:
         for process in ranks:
             process.kill()
             process.join()
-    failures = [answer for answer in answers if isinstance(answer, str)]
-    assert not failures, "\n".join(failures)
-    return answers
+
+
+def _answers(pipes: list[Connection], limit: float) -> list[Any]:
+    deadline = time.monotonic() + limit
+    answers: dict[int, Any] = {}
+    while len(answers) < len(pipes):
+        waiting = {pipe: rank for rank, pipe in enumerate(pipes) if rank not in answers}
+        ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+        assert ready, f"ranks {sorted(waiting.values())} gave no answer in {limit:.0f} s"
+        for pipe in ready:
+            rank = waiting[pipe]  # type: ignore[index]  # one of the pipes
+            try:
+                answers[rank] = pipe.recv()  # type: ignore[union-attr]
+            except EOFError:
+                answers[rank] = "it died without a word"
+            assert not isinstance(answers[rank], str), f"rank {rank}: {answers[rank]}"
+    return [answers[rank] for rank in range(len(pipes))]

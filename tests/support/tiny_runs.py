@@ -192,9 +192,10 @@ def run_stage(run: RunDirectory, stage: str, ranks: int = 1) -> Ranks:
 
 def metrics(run: RunDirectory, unit: str) -> list[dict[str, str]]:
     """Return the lines of metrics.jsonl as exact text, without the measured times."""
+    from cogview2.pipeline.training.meters import TIMED
+
     lines = [json.loads(line) for line in run.stage(unit).metrics.read_text().splitlines()]
-    timed = ("samples_per_second", "data_wait")
-    return [{key: float(value).hex() for key, value in line.items() if key not in timed} for line in lines]
+    return [{key: float(value).hex() for key, value in line.items() if key not in TIMED} for line in lines]
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -36,18 +36,27 @@ def segments(roles: Roles) -> Roles:
     return roles >> _SEGMENT_SHIFT
 
 
-def attention_mask(roles_BS: torch.Tensor) -> torch.Tensor:
-    """Return who sees whom, bool [B, 1, S, S], True = visible, on the device of `roles_BS` (int64).
+def visible(
+    query_roles: torch.Tensor, key_roles: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+) -> torch.Tensor:
+    """Return whether each query sees each key: bool, the shape to which all arguments broadcast.
 
     visible(q, k) = k is context
                  or q and k share a segment and k <= q
                  or q reads the image and k is in the image segment.
+
+    Args:
+        query_roles, key_roles: integers, the roles.
+        query, key: integers, the places in the sequence.
     """
-    length = roles_BS.shape[1]
-    order = torch.arange(length, device=roles_BS.device)
-    segment_BS = segments(roles_BS)
-    context = (roles_BS & CONTEXT).bool()[:, None, :]
-    same = (segment_BS[:, :, None] == segment_BS[:, None, :]) & (segment_BS > 0)[:, None, :]
-    reads = (roles_BS & READS_IMAGE).bool()[:, :, None] & (segment_BS == IMAGE_SEGMENT)[:, None, :]
-    causal = order[None, :] <= order[:, None]
-    return (context | (same & causal) | reads)[:, None]
+    segment = segments(key_roles)
+    context = (key_roles & CONTEXT) != 0
+    same = (segment > 0) & (segment == segments(query_roles))
+    reads = ((query_roles & READS_IMAGE) != 0) & (segment == IMAGE_SEGMENT)
+    return context | (same & (key <= query)) | reads
+
+
+def attention_mask(roles_BS: torch.Tensor) -> torch.Tensor:
+    """Return who sees whom, bool [B, 1, S, S], True = visible, on the device of `roles_BS` (int64); see `visible`."""
+    order = torch.arange(roles_BS.shape[1], device=roles_BS.device)
+    return visible(roles_BS[:, :, None], roles_BS[:, None, :], order[:, None], order[None, :])[:, None]

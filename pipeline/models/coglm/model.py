@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from cogview2.pipeline.config.model import CogLMConfig
+from cogview2.pipeline.models.coglm.visibility import Visibility
 from cogview2.pipeline.models.transformer.attention import KeyValueCache, SelfAttention, score_bias
 from cogview2.pipeline.models.transformer.embeddings import tied_logits
 from cogview2.pipeline.models.transformer.trunk import Transformer
@@ -27,7 +28,7 @@ class CogLM(nn.Module):
         self,
         tokens_BS: torch.Tensor,
         position_ids_BS: torch.Tensor,
-        attention_mask_B1ST: torch.Tensor,
+        attention_mask_B1ST: torch.Tensor | Visibility,
         *,
         attention_bias: torch.Tensor | None = None,
         cache: KeyValueCache | None = None,
@@ -37,12 +38,19 @@ class CogLM(nn.Module):
         Args:
             tokens_BS: int64 model ids.
             position_ids_BS: int64 in [0, max_positions).
-            attention_mask_B1ST: bool, True = visible; T = S, or with a cache all tokens so far.
+            attention_mask_B1ST: bool, True = visible; T = S, or with a cache all tokens so far. In training a
+                Visibility, with neither bias nor cache: the device's best backend decides what it becomes.
             attention_bias: float, broadcastable to [B, 1, S, T], added before masking (spec 3.2).
             cache: keys and values of the tokens before; the new ones are appended.
         """
         hidden_BSD = self.transformer.embed(tokens_BS, self.transformer.position_embeddings(position_ids_BS))
-        bias = score_bias(attention_mask_B1ST, hidden_BSD.dtype, attention_bias)
+        if isinstance(attention_mask_B1ST, Visibility):
+            assert attention_bias is None and cache is None
+            first = self.transformer.layers[0].attention
+            assert isinstance(first, SelfAttention)
+            bias = attention_mask_B1ST.mask_for(first, hidden_BSD.dtype)  # all layers are alike
+        else:
+            bias = score_bias(attention_mask_B1ST, hidden_BSD.dtype, attention_bias)
 
         def attend(layer: int, attention: SelfAttention, x_BSD: torch.Tensor) -> torch.Tensor:
             return attention(x_BSD, bias, layer, cache)

@@ -1,13 +1,15 @@
 """CogLM as a DeepSpeed PipelineModule: the same blocks cut into pipe stages, with one tied word embedding.
 
 Layers: 0 word embeddings (tied), 1 positions, 2 .. L+1 blocks, L+2 final layer norm, L+3 head (tied).
-Between layers travel tuples of the hidden states and the int64 inputs still needed; every block builds its
-mask from the roles on its own device. The head hands the hidden states and the tied matrix to the loss, which
+Between layers travel tuples of the hidden states and the int64 inputs still needed; every pipe stage makes its
+mask from the roles, once per micro batch. The head hands the hidden states and the tied matrix to the loss, which
 makes logits only where there is a loss.
 """
 
+import itertools
+import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +20,13 @@ from torch import nn
 from cogview2.pipeline.config.model import CogLMConfig
 from cogview2.pipeline.errors import CheckpointError
 from cogview2.pipeline.models.coglm.loss import PART_NAMES, LabelRanges, coglm_loss
-from cogview2.pipeline.models.coglm.masks import attention_mask
 from cogview2.pipeline.models.coglm.model import CogLM
-from cogview2.pipeline.models.transformer.attention import score_bias
+from cogview2.pipeline.models.coglm.visibility import visibility_of
 from cogview2.pipeline.models.transformer.block import Block
 from cogview2.pipeline.models.transformer.init import Embedding, seeded
 from cogview2.pipeline.models.transformer.norm import LayerNorm
 
+logger = logging.getLogger(__name__)
 TIED_KEY = "word_embeddings"
 TIED_PATTERN = rf"tied_modules\.{TIED_KEY}\..*"
 """For a universal checkpoint's `pipeline_replicated_parameter_patterns`: else reshaping is silently wrong."""
@@ -78,8 +80,8 @@ class PipeBlock(Block):
     def forward(self, inputs: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]  # a pipe layer takes one tuple
         """Run the layer under the mask of the roles."""
         hidden_BSD, roles_BS = inputs
-        bias = score_bias(attention_mask(roles_BS), hidden_BSD.dtype)
-        return super().forward(hidden_BSD, lambda x_BSD: self.attention(x_BSD, bias)), roles_BS
+        mask = visibility_of(roles_BS).mask_for(self.attention, hidden_BSD.dtype)
+        return super().forward(hidden_BSD, lambda x_BSD: self.attention(x_BSD, mask)), roles_BS
 
 
 class PipeFinalNorm(LayerNorm):
@@ -91,7 +93,8 @@ class PipeFinalNorm(LayerNorm):
 
 
 def _expose_head(words: PipeWords, hidden_BSD: torch.Tensor) -> HiddenAndWords:
-    return hidden_BSD, words.weight
+    # A view: DeepSpeed's hooks leave leaves out, and would clear the gradient of a leaf after the loss has given it one.
+    return hidden_BSD, words.weight.view_as(words.weight)
 
 
 class PipeLoss:
@@ -99,6 +102,8 @@ class PipeLoss:
 
     def __init__(self, ranges: LabelRanges) -> None:
         self.ranges = ranges
+        self.mass: torch.Tensor | None = None
+        """What the weighted sum of a micro batch is divided by; set before every step, see training/normalisation.py."""
         self.parts: OrderedDict[str, torch.Tensor] = OrderedDict(
             (f"{name}_{kind}", torch.zeros(())) for kind in ("loss_sum", "labels") for name in PART_NAMES
         )
@@ -106,14 +111,21 @@ class PipeLoss:
     def __call__(self, outputs: HiddenAndWords, targets: Targets) -> torch.Tensor:
         """Return the loss of (hidden [B, S, D], words [V, D]) against (labels, loss mask, loss weights) [B, S]."""
         labels_BS, loss_mask_BS, loss_weights_BS = targets
-        parts = coglm_loss(*outputs, labels_BS, loss_mask_BS, self.ranges, loss_weights_BS)
+        parts = coglm_loss(*outputs, labels_BS, loss_mask_BS, self.ranges, loss_weights_BS, self.mass)
         values = torch.cat([parts.sums, parts.counts])
         self.parts = OrderedDict(zip(self.parts, values.unbind(), strict=True))
         return parts.loss
 
 
 class CogLMPipe(PipelineModule):
-    """PipelineModule that also reports the split of the loss, the same keys on every pipe stage."""
+    """PipelineModule with given bounds, that also reports the split of the loss, the same keys on every pipe stage."""
+
+    def _partition_layers(self, method: Sequence[int]) -> None:  # bounds in place of the name of a method
+        self.parts = list(method)
+        self._set_bounds(self.parts[self.stage_id], self.parts[self.stage_id + 1])
+        if self.global_rank == 0:
+            counts = ", ".join(str(stop - start) for start, stop in itertools.pairwise(self.parts))
+            logger.info("layers of each pipe stage (words, positions, blocks, norm, head): %s", counts)
 
     def get_additional_losses(self) -> OrderedDict[str, torch.Tensor] | None:
         """Return {image,english,chinese}_loss_sum and {image,english,chinese}_labels.
@@ -130,18 +142,34 @@ def _layer_seeds(config: CogLMConfig, init_seed: int) -> list[int]:
     return [init_seed * count + layer for layer in range(count)]
 
 
-def init_as_pipe(model: CogLM, init_seed: int) -> None:
-    """Give a plain CogLM the fresh weights that `build_pipeline_module` draws from `init_seed`."""
+def init_as_pipe(
+    model: CogLM, init_seed: int, device: torch.device | None = None, dtype: torch.dtype | None = None
+) -> None:
+    """Give a plain CogLM the fresh weights that `build_pipeline_module` draws from `init_seed`.
+
+    Only one layer at a time is held in float32 on the CPU, so the model may come without any storage.
+
+    Args:
+        model: of any device, meta too.
+        init_seed: of the draws.
+        device: where the weights go; by default where the model is.
+        dtype: to which they are rounded; by default that of the model.
+    """
     config, words = model.config, model.transformer.word_embeddings
     seeds = _layer_seeds(config, init_seed)
-    with torch.no_grad():
-        for layer, seed in enumerate(seeds):
-            if layer == 0:
-                drawn: nn.Module = PipeWords(config, words.num_embeddings, seed)
-            else:
-                drawn = PipePositions(config, seed) if layer == 1 else PipeBlock(config, seed)
-            for name, parameter in drawn.named_parameters():
-                model.get_parameter(_to_plain(layer, name, config)).copy_(parameter)
+    for layer in range(config.layers + _FIRST_BLOCK + 1):
+        if layer == 0:
+            drawn: nn.Module = PipeWords(config, words.num_embeddings, seeds[0])
+        elif layer == 1:
+            drawn = PipePositions(config, seeds[1])
+        else:
+            drawn = PipeBlock(config, seeds[layer]) if layer < len(seeds) else PipeFinalNorm(config)
+        for inner, parameter in drawn.named_parameters():
+            owner, _, name = _to_plain(layer, inner, config).rpartition(".")
+            module = model.get_submodule(owner)
+            old = module.get_parameter(name)
+            value = parameter.detach().to(device=device or old.device, dtype=dtype or old.dtype)
+            module.register_parameter(name, nn.Parameter(value, requires_grad=old.requires_grad))
 
 
 def build_pipeline_module(
@@ -150,8 +178,8 @@ def build_pipeline_module(
     num_stages: int,
     loss_fn: Callable[[HiddenAndWords, Targets], torch.Tensor],
     *,
+    bounds: Sequence[int],
     activation_checkpoint_interval: int = 0,
-    partition_method: str = "parameters",
     init_seed: int = 0,
 ) -> CogLMPipe:
     """Build this rank's share of CogLM. The process group must exist.
@@ -163,8 +191,8 @@ def build_pipeline_module(
         rows: rows of the word embeddings.
         num_stages: pipe stages; divides the world size.
         loss_fn: usually a `PipeLoss`; gets ((hidden, words), (labels, loss mask, loss weights)).
+        bounds: of the pipe stages, see config/partition.py.
         activation_checkpoint_interval: layers recomputed together in the backward pass; 0 recomputes none.
-        partition_method: how layers are cut into pipe stages, see PipelineModule.
         init_seed: the fresh weights depend on it alone, not on the number of pipe stages or on the rank.
     """
     # DeepSpeed's own layer seeding is not used: it reseeds every forward pass too, so dropout would repeat on
@@ -183,7 +211,7 @@ def build_pipeline_module(
         layers=layers,
         num_stages=num_stages,
         loss_fn=loss_fn,
-        partition_method=partition_method,
+        partition_method=bounds,
         activation_checkpoint_interval=activation_checkpoint_interval,
         # The reentrant default silently loses gradients when a segment's inputs are all integers.
         activation_checkpoint_func=non_reentrant_checkpoint,

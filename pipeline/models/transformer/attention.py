@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from cogview2.pipeline.config.model import CogLMConfig
+from cogview2.pipeline.models.transformer.backends import Backend, Mask, backend_for, flex_attend
 from cogview2.pipeline.models.transformer.init import Linear, output_std
 
 HIDDEN_SCORE = -1e30
@@ -67,7 +68,7 @@ def attend(
     q_BNSK: torch.Tensor,
     k_BNTK: torch.Tensor,
     v_BNTK: torch.Tensor,
-    bias: torch.Tensor,
+    bias: Mask,
     dropout: float,
     alpha: float = 0.0,
 ) -> torch.Tensor:
@@ -75,10 +76,13 @@ def attend(
 
     Args:
         q_BNSK, k_BNTK, v_BNTK: of one dtype.
-        bias: added to the scores, see `score_bias`.
+        bias: added to the scores, see `score_bias`; or a block mask, without dropout and alpha.
         dropout: probability that an attention weight is dropped.
         alpha: of `relaxed_scores`; 0, the default, takes the fused kernels, whose scores are float32 anyway.
     """
+    if not isinstance(bias, torch.Tensor):
+        assert not dropout and not alpha, "FlexAttention has neither dropout nor relaxed scores"
+        return flex_attend(q_BNSK, k_BNTK, v_BNTK, bias)
     if not alpha:
         return F.scaled_dot_product_attention(
             q_BNSK, k_BNTK, v_BNTK, attn_mask=bias.to(q_BNSK.dtype), dropout_p=dropout
@@ -119,18 +123,23 @@ class SelfAttention(nn.Module):
         """The dropout probability of the current mode."""
         return self.dropout if self.training else 0.0
 
+    def backend(self, device: torch.device, dtype: torch.dtype) -> Backend:
+        """Return what should attend over a mask made of roles in the current mode; see `backend_for`."""
+        head_dim = self.dense.in_features // self.heads
+        return backend_for(device, dtype, head_dim, self.active_dropout, self.pb_relax)
+
     def project(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the queries, keys and values of `x_BSD`, each [B, N, S, K]."""
         return split_heads(self.query_key_value(x_BSD), self.heads)
 
     def forward(
-        self, x_BSD: torch.Tensor, bias: torch.Tensor, layer: int = 0, cache: KeyValueCache | None = None
+        self, x_BSD: torch.Tensor, bias: Mask, layer: int = 0, cache: KeyValueCache | None = None
     ) -> torch.Tensor:
         """Attend inside `x_BSD`, or to all that `cache` holds of `layer`.
 
         Args:
             x_BSD: after the input layer norm.
-            bias: additive, broadcastable to [B, N, S, T].
+            bias: additive, broadcastable to [B, N, S, T]; or, without a cache, a block mask.
             layer: index of the layer in the cache.
             cache: where to keep keys and values; T grows with it.
 

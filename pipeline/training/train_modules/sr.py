@@ -8,6 +8,7 @@ from cogview2.pipeline.models.sr.iterative import IterativeSR
 from cogview2.pipeline.models.sr.layout import level0_mask
 from cogview2.pipeline.tokenizers.vocabulary import Vocabulary
 from cogview2.pipeline.training.modules import Batch, LossOutput, TrainModule
+from cogview2.pipeline.training.normalisation import mean_mass, weight_mass
 
 
 class _SuperresTrainModule(TrainModule):
@@ -21,19 +22,26 @@ class _SuperresTrainModule(TrainModule):
         super().__init__()
         self.model = model
         self._image_codes = vocabulary.image_codes
+        self._mass: torch.Tensor | None = None
+
+    def begin_step(self, step: int, micro_batches: list[Batch]) -> None:
+        """Count the masked cells of the global batch, over which the loss is a mean."""
+        self._mass = mean_mass(weight_mass(batch["loss_mask"]) for batch in micro_batches)
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
         raise TypeError(f"{type(self).__name__} does not define _hidden")
 
     def forward(self, batch: Batch) -> LossOutput:
-        """Return the mean cross-entropy of the masked cells over the image codes."""
+        """Return the cross-entropy of the masked cells over the image codes, as a share of the global batch's mean."""
         hidden_BSD = self._hidden(batch)
         words_VD = self.model.transformer.word_embeddings.weight[: self._image_codes]
-        losses_P, labels_P = masked_cross_entropy(hidden_BSD, words_VD, batch["labels"], batch["loss_mask"])
+        total, losses_P, *_ = masked_cross_entropy(hidden_BSD, words_VD, batch["labels"], batch["loss_mask"])
         count = torch.tensor(float(losses_P.numel()), device=losses_P.device)
-        likely = (losses_P.detach() < 0.6931).float().sum()  # probability above one half
-        sums = torch.stack([losses_P.detach().sum(), likely])
-        return LossOutput(losses_P.mean(), sums, torch.stack([count, count]))
+        likely = (losses_P < 0.6931).float().sum()  # probability above one half
+        sums = torch.stack([losses_P.sum(), likely])
+        return LossOutput(
+            total / (count if self._mass is None else self._mass), sums, torch.stack([count, count])
+        )
 
 
 class DirectSRTrainModule(_SuperresTrainModule):

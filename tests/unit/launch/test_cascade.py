@@ -3,63 +3,21 @@
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from fake_stage import FakeLauncher, OneCommand
 
 from cogview2.launch import cascade as cascade_module
-from cogview2.launch import cli
-from cogview2.launch.cascade import Cascade, Options, select_stages, summary
+from cogview2.launch import cli, process
+from cogview2.launch.cascade import Cascade, Options, resolve_deepspeed, select_stages, summary
 from cogview2.launch.status import find_run, log_file, table
-from cogview2.pipeline.attempt import Attempt
 from cogview2.pipeline.config.loading import load_recipe
 from cogview2.pipeline.config.stages import STAGES
 from cogview2.pipeline.errors import CogView2Error, ConfigError, ExitCode, LaunchError, LockedError
 from cogview2.pipeline.run_dir import RunDirectory, units
-
-# Stands in for a launched stage: rank 0 only, behaviour chosen by a file in the run directory.
-FAKE_STAGE = """
-import logging, pathlib, signal, sys, time
-from cogview2.pipeline import logging as log_setup
-from cogview2.pipeline.run_dir import RunDirectory, units
-name, run, number = sys.argv[1], RunDirectory(pathlib.Path(sys.argv[2])), int(sys.argv[3])
-stage = run.stage(name).create()
-attempt = stage.attempt(number)
-stop = []
-signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-attempt.write_pid(0)
-log_setup.setup(rank=0, file=attempt.rank_log(0))
-logging.getLogger("cogview2.fake").info("working on %s", name)
-mode = (run.path / "mode").read_text() if (run.path / "mode").exists() else "good"
-stage.write_heartbeat(5, 10, loss=2.5, throughput=1234.0, unit="tokens/s", eta_seconds=65)
-if mode == "wait":
-    while not stop:
-        time.sleep(0.02)
-    attempt.write_outcome(0, "preempted", 75, 5, "saved at step 5; the same command goes on from there")
-    sys.exit(75)
-if mode.startswith("fail"):
-    attempt.write_outcome(0, "numeric", int(mode[4:]), 5, "loss is nan")
-    sys.exit(1)
-if mode == "silent":
-    sys.exit(0)
-recipe = run.load_recipe()
-for unit in units(name):
-    folder = run.stage(unit).create()
-    (folder.output / "made.txt").write_text(f"{name} {recipe.seed}")
-    said = {"summary": [f"weights {recipe.evaluate.weights}", f"captions {recipe.evaluate.captions}"]}
-    extra = said if name == "evaluate" else {"loss": 1.5}
-    folder.write_done(run.inputs(unit, recipe), folder.output_files(), run.fingerprint(recipe, unit), extra)
-stage.write_heartbeat(10, 10, loss=1.5)
-attempt.write_outcome(0, "done", 0, 10, "")
-sys.exit(3 if mode == "badcode" else 0)
-"""
-
-
-def fake_command(stage: str, run: Path, attempt: Attempt, ranks: int) -> list[str]:
-    return [sys.executable, "-c", FAKE_STAGE, stage, str(run), str(attempt.number)]
 
 
 @pytest.fixture
@@ -76,7 +34,7 @@ def execute(
     run: RunDirectory, *overrides: str, stages: str | None = None, restart_stale: bool = False
 ) -> ExitCode:
     recipe = load_recipe("quickstart", list(overrides))
-    options = Options(select_stages(stages), restart_stale=restart_stale, command=fake_command)
+    options = Options(select_stages(stages), restart_stale=restart_stale, launcher=FakeLauncher())
     return Cascade(run, recipe, options).execute()
 
 
@@ -190,12 +148,9 @@ def test_an_unknown_code_is_a_plain_failure(run: RunDirectory) -> None:
     assert execute(run, stages="train_vqvae") == ExitCode.FAILED
 
 
-def test_an_interrupt_saves_and_the_same_command_goes_on(
-    run: RunDirectory, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run.create(load_recipe("quickstart", []))
-    set_mode(run, "wait")
-    pid_file = run.stage("train_vqvae").path / "attempts" / "0001" / "rank-0.pid"
+def interrupt_when_it_works(run: RunDirectory, stage: str) -> None:
+    """Send SIGINT to ourselves once the stage's first attempt has begun."""
+    pid_file = run.stage(stage).path / "attempts" / "0001" / "rank-0.pid"
 
     def interrupt() -> None:
         while not pid_file.exists():
@@ -204,6 +159,14 @@ def test_an_interrupt_saves_and_the_same_command_goes_on(
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt, daemon=True).start()
+
+
+def test_an_interrupt_saves_and_the_same_command_goes_on(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.create(load_recipe("quickstart", []))
+    set_mode(run, "wait")
+    interrupt_when_it_works(run, "train_vqvae")
     assert execute(run, stages="train_vqvae") == ExitCode.REQUEUE
     out = capsys.readouterr().out
     assert "saved at step 5" in out and out.count("the same command goes on from there") == 1
@@ -211,6 +174,32 @@ def test_an_interrupt_saves_and_the_same_command_goes_on(
     set_mode(run, "good")
     assert execute(run, stages="train_vqvae") == ExitCode.DONE
     assert len(run.stage("train_vqvae").attempts()) == 2
+
+
+@pytest.mark.parametrize(("stages", "expected"), [("..train_vqvae", 75), ("train_tokenizer", 0)])
+def test_a_stop_that_the_stage_outran_is_not_forgotten(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str], stages: str, expected: int
+) -> None:
+    run.create(load_recipe("quickstart", []))
+    set_mode(run, "late")
+    interrupt_when_it_works(run, "train_tokenizer")
+    assert execute(run, stages=stages) == expected
+    assert run.is_done("train_tokenizer") and not run.stage("train_vqvae").attempts()
+    said = "stopped after train_tokenizer, which is done; the same command goes on from there"
+    assert (said in capsys.readouterr().out) == (expected == 75)
+
+
+def test_the_peers_of_a_failed_rank_are_stopped_under_one_command(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(process, "PEER_SECONDS", 0.3)
+    run.create(load_recipe("quickstart", []))
+    set_mode(run, "peers")
+    options = Options(("train_tokenizer",), launcher=OneCommand())
+    assert Cascade(run, load_recipe("quickstart", ["launch.ranks=2"]), options).execute() == 70
+    attempt = run.stage("train_tokenizer").attempts()[0]
+    assert [outcome.message for outcome in attempt.outcomes()] == ["loss is nan", "saved"]
+    assert "rank 0 on localhost failed first at step 5" in capsys.readouterr().out
 
 
 def test_a_changed_setting_of_a_started_stage_is_refused_by_name(run: RunDirectory) -> None:
@@ -299,7 +288,7 @@ def test_a_repeatable_stage_does_not_excuse_the_others(run: RunDirectory) -> Non
 def test_the_summary_is_the_last_word(
     run: RunDirectory, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "Options", lambda stages, stale: Options(stages, stale, fake_command))
+    monkeypatch.setattr(cli, "Options", lambda stages, stale, _: Options(stages, stale, FakeLauncher()))
     argv = ["run", "quickstart", "--runs-dir", str(run.path.parent), "--set", "evaluate.captions=9"]
     complete(run)
     assert cli.main(argv) == ExitCode.DONE
@@ -373,3 +362,18 @@ def test_running_is_seen_from_another_shell(run: RunDirectory) -> None:
     with run.lock("launcher"):
         assert "running" in table(run)
     assert "interrupted" in table(run)
+
+
+def test_what_does_not_go_with_a_units_own_model_is_refused_before_any_start() -> None:
+    idle = load_recipe("quickstart", ["vqvae.train.deepspeed=debug", "vqvae.train.optimizer.kind=adamw"])
+    with pytest.raises(ConfigError, match=r"train_vqvae: vqvae\.other_rates_every 5 needs .*stage 0, not 1"):
+        resolve_deepspeed(idle, ("train_vqvae",), 1, cpu=True)
+    pipes = ["coglm.train.deepspeed=coglm_tiny_pp", "coglm.train.optimizer.kind=adamw"]
+    deep = load_recipe("quickstart", [*pipes, "coglm.train.pipeline_parallel=4"])
+    with pytest.raises(ConfigError, match="pipeline_parallel 4 is more than the 3 layers"):
+        resolve_deepspeed(deep, ("pretrain_coglm",), 4, cpu=True)
+
+
+def test_the_hardware_of_a_recipe_is_in_the_table() -> None:
+    with pytest.raises(ConfigError, match="hardware h100_800 is not in the table; use one of"):
+        load_recipe("quickstart", ["launch.hardware=h100_800"])

@@ -1,6 +1,8 @@
 """The progress line: words, numbers, and no flood where there is no terminal."""
 
 import io
+import json
+import os
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,41 @@ def test_words() -> None:
     assert describe(beat(step=10, loss=None, throughput=None)) == "step 10/10"
 
 
+METERS = {
+    "images_per_second": 24.0,
+    "model_tflops": 412.3,
+    "mfu": 0.413,
+    "data_wait": 0.352,
+    "slowest_ratio": 1.42,
+}
+
+
+def test_words_of_the_meters() -> None:
+    shown = describe(beat(meters=METERS, slowest="rank 3 on node2"), "cascade eta ~5 h 0 min")
+    assert shown == (
+        "step 3/10  loss 1.235  2.1k tokens/s  24 images/s  412 TFLOP/s  41% MFU  35% waiting for data  "
+        "slowest: rank 3 on node2 (1.42x)  eta 1 min 15 s  cascade eta ~5 h 0 min"
+    )
+    at_the_end = describe(beat(step=10, meters=METERS, slowest="rank 3 on node2"))
+    assert "41% MFU" in at_the_end and "slowest" not in at_the_end
+    # What is not known, does not matter, or stands there already, takes no room.
+    quiet = beat(meters={"images_per_second": 24.0, "data_wait": 0.004}, unit="images/s")
+    assert describe(quiet) == "step 3/10  loss 1.235  2.1k images/s  eta 1 min 15 s"
+
+
+def test_a_narrow_line_keeps_what_matters_most() -> None:
+    whole = beat(meters=METERS, slowest="rank 3 on node2")
+    cascade = "cascade eta ~5 h 0 min"
+    least = "step 3/10  loss 1.235  2.1k tokens/s  eta 1 min 15 s"
+    optional = ["images/s", "TFLOP/s", "MFU", "waiting", "slowest", "cascade"]
+    gone: list[str] = []
+    for width in range(len(describe(whole, cascade)), 0, -1):
+        shown = describe(whole, cascade, width)
+        assert len(shown) <= width or shown == least
+        gone += [word for word in optional if word not in shown and word not in gone]
+    assert gone == optional
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -74,3 +111,25 @@ def test_a_stage_directory_feeds_it(tmp_path: Path) -> None:
     stage = StageDirectory(tmp_path, "finetune_superres/direct").create()
     stage.write_heartbeat(1, 4, loss=2.0, message="warming up")
     assert describe(stage.heartbeat()) == "direct  step 1/4  loss 2  warming up"
+    stage.write_heartbeat(2, 4, meters={"mfu": 0.5, "data_wait": float("nan")}, slowest="rank 1")
+    found = stage.heartbeat()
+    assert found is not None and found.meters == {"mfu": 0.5} and found.slowest == "rank 1"
+
+
+def test_a_heartbeat_from_before_there_were_meters_is_read(tmp_path: Path) -> None:
+    stage = StageDirectory(tmp_path, "train_vqvae").create()
+    stage.write_heartbeat(1, 4, loss=2.0)
+    content = json.loads(stage.heartbeat_path.read_text())
+    for name in ("meters", "slowest"):
+        del content[name]
+    stage.heartbeat_path.write_text(json.dumps(content))
+    assert describe(stage.heartbeat()) == "step 1/4  loss 2"
+
+
+def test_a_terminal_line_fits_its_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress.shutil, "get_terminal_size", lambda: os.terminal_size((100, 24)))
+    stream = Terminal()
+    line = ProgressLine("[1/6] train_vqvae     ", stream)
+    line.update(beat(meters=METERS, slowest="rank 3 on node2"), "cascade eta ~5 h 0 min")
+    shown = stream.getvalue()
+    assert len(shown.removeprefix("\r")) == 99 and shown.rstrip().endswith("eta 1 min 15 s  0 s")

@@ -115,7 +115,7 @@ def fill(run: RunDirectory) -> None:
     coglm.metrics.write_text(
         "not json\n[1]\n" + log_lines(600, loss_english=2.0, loss_image=1.0, grad_norm=1.0)
     )
-    coglm.write_heartbeat(800, 800, loss=1.25, throughput=206.0)
+    coglm.write_heartbeat(800, 800, loss=1.25, throughput=206.0, meters={"model_tflops": 0.123, "mfu": 0.5})
     for step in range(100, 1300, 100):
         (coglm.samples / f"prompts_step_{step:09d}.png").write_bytes(png(2 * 98, 98))
     (coglm.samples / "prompts.txt").write_text(f"{HOSTILE}\n{CHINESE}\n", encoding="utf-8")
@@ -168,7 +168,7 @@ def test_the_whole_page(run: RunDirectory) -> None:
         "a folder",
         "train 1,277 2",
         "english 2",
-        "206 samples/s",
+        "206 samples/s, 0.123 TFLOP/s, 50% MFU",
         "1 min 5 s",
         "pieces 4,000",
         "unk rate 0.125%",

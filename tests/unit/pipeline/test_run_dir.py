@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cogview2.pipeline.attempt import redacted
+from cogview2.pipeline.attempt import note_step, noted_step, redacted
 from cogview2.pipeline.config.loading import load_recipe
 from cogview2.pipeline.config.stages import STAGES, Recipe
 from cogview2.pipeline.errors import CheckpointError, LockedError, RunDirectoryError
@@ -244,6 +245,34 @@ def test_outcomes_first_failure_by_time(run: RunDirectory) -> None:
     assert len(attempt.outcomes()) == 3
 
 
+def test_a_killed_rank_comes_before_the_peers_that_noticed_first(run: RunDirectory) -> None:
+    attempt = run.stage("train_vqvae").new_attempt()
+    for rank, reason, when in ((0, "RuntimeError", 10.0), (1, "killed", 10.4), (2, "killed", 130.0)):
+        attempt.write_outcome(rank, reason, 1, None, "")
+        path = attempt.path / f"outcome-rank-{rank}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"time": when}))
+    failure = attempt.first_failure()
+    assert failure is not None and failure.rank == 1
+    assert failure.host == socket.gethostname()
+
+
+def test_process_ids_of_some_ranks(run: RunDirectory) -> None:
+    attempt = run.stage("train_vqvae").new_attempt()
+    attempt.write_pid(0)
+    attempt.write_pid(3)
+    (attempt.path / "rank-2.pid").write_text("")
+    assert attempt.pids() == {0: os.getpid(), 3: os.getpid()}
+    assert attempt.pids(range(1, 4)) == {3: os.getpid()}
+
+
+def test_the_step_of_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cogview2.pipeline.attempt._noted", [])
+    assert noted_step() is None
+    note_step(16)
+    note_step(17)
+    assert noted_step() == 17
+
+
 def test_secrets_are_not_recorded(run: RunDirectory) -> None:
     environment = {
         "HOME": "/h",
@@ -260,7 +289,7 @@ def test_secrets_are_not_recorded(run: RunDirectory) -> None:
         "api_key",
     ]
     attempt = run.stage("train_vqvae").new_attempt()
-    attempt.write_command(["python", "a b"], environment)
+    attempt.write_commands([["python", "a b"]], environment)
     assert (attempt.path / "command.txt").read_text() == "python 'a b'\n"
     assert "hf" not in (attempt.path / "env.json").read_text().replace("HF_TOKEN", "")
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cogview2 import ds_configs
-from cogview2.pipeline.config.deepspeed import accumulation_steps, read_json, resolve
+from cogview2.pipeline.config.deepspeed import accumulation_steps, read_json, resolve, weights_dtype
 from cogview2.pipeline.config.deepspeed_schema import DeepSpeedJson
 from cogview2.pipeline.config.problems import all_keys, dotted
 from cogview2.pipeline.config.training import TrainConfig
@@ -79,10 +79,72 @@ def test_pipe_stages_leave_fewer_data_parallel_ranks() -> None:
     assert resolve("coglm_tiny_pp", train(pipeline_parallel=2), 4)["gradient_accumulation_steps"] == 2
 
 
-def test_the_cpu_needs_no_compiled_optimizer() -> None:
-    batch = train(global_batch=4096)
-    assert resolve("coglm_zero3", batch, 8)["optimizer"]["params"]["torch_adam"] is False
-    assert resolve("coglm_zero3", batch, 8, cpu=True)["optimizer"]["params"]["torch_adam"] is True
+def test_the_cpu_needs_no_compiled_optimizer(tmp_path: Path) -> None:
+    assert resolve("coglm_zero3", train(global_batch=4096), 8)["optimizer"]["params"]["torch_adam"] is True
+    own = write(tmp_path, GOOD | {"optimizer": {"params": {"torch_adam": False}}})
+    for cpu in (False, True):
+        params = resolve(own, train(), 8, cpu=cpu)["optimizer"]["params"]
+        assert (params["torch_adam"], params.get("fused", False)) == (cpu, cpu)
+
+
+@pytest.mark.parametrize("torch_adam", [True, False])
+def test_an_offloaded_optimizer_of_torch_is_announced(tmp_path: Path, torch_adam: bool) -> None:
+    zero = {"stage": 2, "offload_optimizer": {}}
+    how = {"zero_optimization": zero, "optimizer": {"params": {"torch_adam": torch_adam}}}
+    for cpu in (False, True):
+        config = resolve(write(tmp_path, GOOD | how), train(), 2, cpu=cpu)
+        assert config["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+        own = torch_adam or cpu
+        assert config.get("zero_force_ds_cpu_optimizer") is (False if own else None)
+        assert config.get("zero_allow_untested_optimizer") is (True if own else None)
+    assert "zero_force_ds_cpu_optimizer" not in resolve(write(tmp_path, GOOD), train(), 2, cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("how", "plain", "interval"),
+    [
+        ({}, False, 0),
+        ({"activation_checkpointing": {}}, True, 1),
+        ({"activation_checkpointing": {}, "pipeline": {"activation_checkpoint_interval": 3}}, True, 3),
+        ({"activation_checkpointing": {}, "pipeline": {"activation_checkpoint_interval": 0}}, True, 0),
+        ({"pipeline": {"activation_checkpoint_interval": 2}}, False, 2),
+    ],
+)
+def test_one_section_turns_recomputation_on(
+    tmp_path: Path, how: dict[str, Any], plain: bool, interval: int
+) -> None:
+    config = resolve(write(tmp_path, GOOD | how), train(), 2)
+    assert ("activation_checkpointing" in config) == plain
+    assert config["pipeline"]["activation_checkpoint_interval"] == interval
+    assert config["pipeline"]["use_reentrant"] is False
+
+
+def test_gradients_that_are_summed_in_fp32_also_travel_so(tmp_path: Path) -> None:
+    how = {"bf16": {}, "data_types": {"grad_accum_dtype": "fp32"}}
+    assert "communication_data_type" not in resolve(write(tmp_path, GOOD | {"bf16": {}}), train(), 2)
+    assert resolve(write(tmp_path, GOOD | how), train(), 2)["communication_data_type"] == "fp32"
+    how["communication_data_type"] = "bf16"  # type: ignore[assignment]
+    assert resolve(write(tmp_path, GOOD | how), train(), 2)["communication_data_type"] == "bf16"
+
+
+def test_the_type_of_the_weights(tmp_path: Path) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, "float32"),
+        ({"bf16": {}}, "bfloat16"),
+        ({"bf16": {"enabled": False}}, "float32"),
+        ({"fp16": {}}, "float16"),
+        ({"torch_autocast": {}}, "float32"),
+    ]
+    for how, expected in cases:
+        assert weights_dtype(resolve(write(tmp_path, GOOD | how), train(), 2)) == expected
+
+
+@pytest.mark.parametrize(("zero", "pipe"), [(0, 1), (1, 1), (2, 1), (3, 1), (0, 2), (1, 2)])
+def test_every_other_pair_is_allowed(tmp_path: Path, zero: int, pipe: int) -> None:
+    config = resolve(
+        write(tmp_path, GOOD | {"zero_optimization": {"stage": zero}}), train(pipeline_parallel=pipe), 4
+    )
+    assert config["gradient_accumulation_steps"] == 2 * pipe
 
 
 @pytest.mark.parametrize(
@@ -128,14 +190,71 @@ def test_a_remainder_is_refused_with_what_fits(
             ["stage 2", "pipeline_parallel 2", "use stage 1"],
         ),
         ({"zero_optimization": {"stage": 3}}, {"pipeline_parallel": 2}, 2, ["stage 3", "use stage 1"]),
+        ({"zero_optimization": {"stage": 0}, "bf16": {}}, {}, 2, ["bf16", "stage 0", "use stage 1"]),
+        ({"zero_optimization": {"stage": 0}, "fp16": {}}, {}, 2, ["fp16", "stage 0", "use stage 1"]),
+        ({"bf16": {}, "fp16": {}}, {}, 2, ["more than one", "keep one"]),
+        ({"bf16": {}, "torch_autocast": {}}, {}, 2, ["more than one", "keep one"]),
+        ({"torch_autocast": {"dtype": "float16"}}, {}, 2, ["dtype float16", "use fp16, or dtype bfloat16"]),
+        ({"torch_autocast": {}}, {"pipeline_parallel": 2}, 2, ["torch_autocast", "use bf16"]),
         (
-            {"zero_optimization": {"stage": 0}},
+            {"bf16": {}, "data_types": {"grad_accum_dtype": "fp16"}},
+            {},
+            2,
+            ["grad_accum_dtype fp16", "weights in bf16", "use fp32 or bf16"],
+        ),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, {}, 2, ["grad_accum_dtype bf16", "weights in fp32"]),
+        (
+            {"bf16": {}, "communication_data_type": "fp16"},
+            {},
+            2,
+            ["communication_data_type fp16", "use fp32 or bf16"],
+        ),
+        (
+            {"fp16": {}, "data_types": {"grad_accum_dtype": "fp32"}},
             {"pipeline_parallel": 2},
             2,
-            ["stage 0", "clips", "use stage 1"],
+            ["grad_accum_dtype fp32 with fp16", "tied word embeddings", "delete data_types"],
         ),
-        ({"zero_optimization": {"stage": 0}, "bf16": {}}, {}, 2, ["bf16", "stage 0", "use stage 1"]),
-        ({"bf16": {}, "fp16": {}}, {}, 2, ["more than one", "keep one"]),
+        (
+            {
+                "bf16": {},
+                "data_types": {"grad_accum_dtype": "fp32"},
+                "zero_optimization": {"stage": 1, "offload_optimizer": {}},
+            },
+            {"pipeline_parallel": 2},
+            2,
+            ["grad_accum_dtype fp32 with offload_optimizer", "tied word embeddings", "delete data_types"],
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "overlap_comm": True}},
+            {"pipeline_parallel": 2},
+            2,
+            ["overlap_comm", "pipeline_parallel 2", "delete it"],
+        ),
+        (
+            {"pipeline": {"partition": [3, 1]}},
+            {"pipeline_parallel": 4},
+            4,
+            ["2 counts", "pipeline_parallel 4", "give 4"],
+        ),
+        (
+            {"zero_optimization": {"stage": 0, "offload_optimizer": {}}},
+            {},
+            2,
+            ["offload_optimizer", "stage 0", "use stage 1, 2 or 3"],
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
+            {},
+            2,
+            ["offload_optimizer.device is 'nvme'", "'cpu'"],
+        ),
+        (
+            {"activation_checkpointing": {"cpu_checkpointing": True}},
+            {},
+            2,
+            ["unknown key", "activation_checkpointing.cpu_checkpointing"],
+        ),
         (
             {"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}},
             {},
@@ -166,6 +285,13 @@ def test_contradictions_are_refused(
         resolve(write(tmp_path, GOOD | change), train(**values), world)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_fp16_is_refused_on_cpus_alone(tmp_path: Path) -> None:
+    own = write(tmp_path, GOOD | {"fp16": {}})
+    assert resolve(own, train(), 2)["fp16"]["enabled"] is True
+    with pytest.raises(ConfigError, match="fp16 does not train on CPUs; use bf16"):
+        resolve(own, train(), 2, cpu=True)
 
 
 @pytest.mark.parametrize(

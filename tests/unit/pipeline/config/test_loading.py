@@ -281,3 +281,12 @@ def test_sections_are_found_inside_optional_and_tuple_annotations() -> None:
 
 def test_the_dump_is_plain_yaml() -> None:
     assert yaml.safe_load(recipe_yaml(load_recipe("quickstart", [])))["name"] == "quickstart"
+
+
+def test_one_variable_of_the_ranks_is_set_and_stays_a_text() -> None:
+    recipe = load_recipe("quickstart", ["launch.environment.NCCL_DEBUG=1", "launch.environment.A=b c"])
+    assert recipe.launch.environment == {"NCCL_DEBUG": "1", "A": "b c"}
+    with pytest.raises(ConfigError, match=r"launch\.environment\.lower"):
+        load_recipe("quickstart", ["launch.environment.lower=1"])
+    with pytest.raises(ConfigError, match="has no key"):
+        load_recipe("quickstart", ["launch.environment.A.B=1"])
