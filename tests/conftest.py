@@ -2,10 +2,15 @@
 
 from pathlib import Path
 
+import hypothesis
 import pytest
 import tiny_runs
 
 from cogview2.pipeline.run_dir import RunDirectory
+
+# A busy machine is slow, not wrong.
+hypothesis.settings.register_profile("cogview2", deadline=None)
+hypothesis.settings.load_profile("cogview2")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,7 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--fixtures",
         dest="fixtures_dir",
         metavar="DIR",
-        type=Path,
+        type=lambda text: Path(text).absolute(),  # a test may change the working directory
         help="folder that holds golden/ and data/",
     )
 

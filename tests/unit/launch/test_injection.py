@@ -188,8 +188,10 @@ def sung(job: Job, launcher: str, place: str, folder: Path) -> int:
         ["submit", "quickstart", "--launcher", "slurm", "--dry-run", "--set", "launch.slurm.nodes=TEXT"],
     ],
 )
-def test_the_command_line_refuses(words: list[str], job: Job, canary: Path, tmp_path: Path) -> None:
-    os.chdir(tmp_path)
+def test_the_command_line_refuses(
+    words: list[str], job: Job, canary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     for text in TEXTS[:2]:
         try:
             code = cli.main([word.replace("TEXT", text.replace("CANARY", str(canary))) for word in words])

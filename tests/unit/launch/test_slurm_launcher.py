@@ -101,7 +101,7 @@ def test_bad_nodes_are_told_apart(allocation: Path, run: RunDirectory) -> None:
     assert first == "2 of 2 nodes cannot run this job, nothing was started:"
     assert one.startswith("  n1: has python 3.9 where this machine has ")
     assert "has 0 GPUs for slots=4" in one
-    assert two == "  n2: gave no answer to srun; look at it with sinfo"
+    assert two == "  n2: gave no answer to srun (no message); look at it with sinfo"
     nodes(allocation, n2="probe.token_path = lambda run, token: run / 'gone'")
     with pytest.raises(LaunchError, match=f"n2: does not see {run.path}") as caught:
         launchers.make("slurm").check(run, recipe("launch.slurm.gpus=false"))

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cogview2.pipeline.training.metrics import MetricsWriter, sum_over_ranks
+from cogview2.pipeline.training.metrics import MetricsWriter, gather_rows, sum_over_ranks
 
 
 def steps(path: Path) -> list[int]:
@@ -16,6 +16,22 @@ def test_alone_the_sum_is_a_copy() -> None:
     total = sum_over_ranks(values)
     total += 1
     assert values.tolist() == [1.0, 2.0]
+
+
+def test_alone_there_is_one_row_a_copy() -> None:
+    row = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    rows = gather_rows(row)
+    rows += 1
+    assert rows.tolist() == [[2.0, 3.0]] and row.tolist() == [1.0, 2.0]
+
+
+def test_words_stand_beside_the_numbers(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "board", 0)
+    writer.scalars(1, {"slowest_ratio": 1.5}, {"slowest": "rank 3 on node2"})
+    writer.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line == {"step": 1, "slowest_ratio": 1.5, "slowest": "rank 3 on node2"}
+    assert b"rank 3 on node2" in next((tmp_path / "board").iterdir()).read_bytes()
 
 
 def test_writes_exact_numbers(tmp_path: Path) -> None:
