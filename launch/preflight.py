@@ -180,11 +180,14 @@ def shared_with(answer: Answer, answers: Sequence[Answer], *, gpus: bool) -> lis
     found = []
     if gpus and len(names) > 1 and answer.host.name != names[0]:
         found.append(f"calls itself {own} as {names[0]} does; name each machine once, with all of its slots")
-    loopback = first.facts is not None and first.facts["first_address"].startswith("127.")
-    if loopback and first.facts is not None and own != first.facts["hostname"]:
+    literal = (
+        first.host.name == answer.facts["first_address"]
+    )  # a name that is wrong here is `problems`' business
+    other = first.facts is not None and own != first.facts["hostname"]
+    if other and literal and first.host.name.startswith("127."):
         found.append(
-            f"cannot meet the others on {first.host.name}, a loopback address of the first host; write the address that "
-            "the hosts know it by"
+            f"cannot meet the others on {first.host.name}, an address of each host itself; write the address that the "
+            "hosts know the first one by"
         )
     return found
 

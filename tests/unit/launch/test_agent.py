@@ -198,3 +198,10 @@ def test_an_agent_ends_them_before_it_starts_its_own(spec: JobSpec, monkeypatch:
     monkeypatch.chdir(spec.run)
     Agent(spec, 0, {}).run(None)
     assert order == ["end train_vqvae", "run"]
+
+
+def test_the_recipes_own_gpus_win(spec: JobSpec) -> None:
+    own = JobSpec(**{**spec.__dict__, "environment": {"CUDA_VISIBLE_DEVICES": "4,5"}})
+    result = rank_environment({"PATH": "/b", "COGVIEW2_VISIBLE_DEVICES": "0,1"}, own)
+    assert result["COGVIEW2_VISIBLE_DEVICES"] == result["CUDA_VISIBLE_DEVICES"] == "4,5"
+    assert "COGVIEW2_VISIBLE_DEVICES" not in rank_environment({"COGVIEW2_VISIBLE_DEVICES": "0"}, spec)

@@ -146,3 +146,19 @@ def test_no_ssh_on_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     with pytest.raises(LaunchError, match="install OpenSSH's client"):
         preflight.ask([Host("a", 1)], tmp_path, SshConfig())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_machine_twice_and_a_meeting_place_that_is_nowhere() -> None:
+    def seen(name: str, hostname: str, first: str) -> Answer:
+        return Answer(Host(name, 4), facts(hostname=hostname, first_address=first))
+
+    twice = [seen("node1", "node1", "10.0.0.1"), seen("node1.cluster", "node1", "10.0.0.1")]
+    assert preflight.shared_with(twice[0], twice, gpus=True) == []
+    assert "calls itself node1 as node1 does" in preflight.shared_with(twice[1], twice, gpus=True)[0]
+    assert preflight.shared_with(twice[1], twice, gpus=False) == []  # ranks of one CPU host in two groups
+    nowhere = [seen("127.0.0.1", "a", "127.0.0.1"), seen("node2", "b", "127.0.0.1")]
+    assert preflight.shared_with(nowhere[0], nowhere, gpus=False) == []
+    assert "cannot meet the others on 127.0.0.1" in preflight.shared_with(nowhere[1], nowhere, gpus=False)[0]
+    # Debian's default: a host knows its own name as loopback, the others do not.
+    debian = [seen("node1", "node1", "127.0.1.1"), seen("node2", "node2", "10.0.0.1")]
+    assert preflight.shared_with(debian[1], debian, gpus=False) == []

@@ -368,3 +368,11 @@ def test_the_report_needs_neither_torch_nor_numpy() -> None:
         "assert not {'torch', 'numpy', 'PIL', 'cogview2.stages'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_variables_that_look_like_secrets_stay_out_of_the_page(tmp_path: Path) -> None:
+    words = " ".join(["hush"] * 60)  # long enough for the YAML to go on in a second line
+    secret = [f"launch.environment.HF_TOKEN={words}", "launch.environment.NCCL_DEBUG=INFO"]
+    made = RunDirectory(tmp_path / "r").create(load_recipe("quickstart", secret))
+    text = Page(write_report(made.path)).text
+    assert "hush" not in text and "HF_TOKEN: (redacted)" in text and "NCCL_DEBUG: INFO" in text

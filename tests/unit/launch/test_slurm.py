@@ -380,3 +380,14 @@ def test_a_dry_run_shows_everything_and_touches_nothing(
     assert "NCCL_IB_HCA=mlx5" in said
     assert "HUB_TOKEN='(redacted)'" in said and "hunter2" not in said
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["--no-requ", "--sig=B:TERM@5", "--outp=/dev/null"])
+def test_beginnings_of_its_own_options_are_refused(option: str) -> None:
+    with pytest.raises(ConfigError, match="sets that option itself"):
+        slurm.batch_script(Path("/r/q"), recipe(f'launch.slurm.extra=["{option}"]'), "evaluate")
+
+
+def test_a_time_limit_that_leaves_no_time_is_refused() -> None:
+    with pytest.raises(ConfigError, match="signal_seconds 600 leaves nothing of slurm.time 00:05:00"):
+        recipe("launch.slurm.time=00:05:00")

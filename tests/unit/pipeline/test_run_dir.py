@@ -345,3 +345,21 @@ def test_one_holder_named_to_the_other_and_freed_by_its_death(run: RunDirectory)
     with run.lock("second"):
         assert run.is_locked()
     assert not run.is_locked()
+
+
+def test_a_recipe_with_a_secret_is_its_owners_alone(tmp_path: Path) -> None:
+    open_to_all = RunDirectory(tmp_path / "a").create(load_recipe("quickstart", []))
+    secret = load_recipe("quickstart", ["launch.environment.HF_TOKEN=hush"])
+    closed = RunDirectory(tmp_path / "b").create(secret)
+    assert closed.recipe_path.stat().st_mode & 0o077 == 0 and open_to_all.recipe_path.stat().st_mode & 0o040
+    assert redacted({"HTTPS_PROXY": "http://me:pw@proxy:1", "MY_AUTH": "x", "PWD": "/w"}) == {
+        "HTTPS_PROXY": "http://(redacted)@proxy:1",
+        "MY_AUTH": "(redacted)",
+        "PWD": "/w",
+    }
+
+
+def test_a_token_of_a_killed_look_is_nobodys(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".probe-ab12").touch()
+    assert RunDirectory(tmp_path / "run").create(load_recipe("quickstart", [])).exists()
