@@ -1,9 +1,7 @@
 """The cascade: stages in order, each started, waited for, and believed only by its DONE record."""
 
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from cogview2.launch.changes import RESTART_FLAG, accept_recipe, set_aside, withdraw
 from cogview2.launch.eta import cascade_eta, training_flops
@@ -14,11 +12,10 @@ from cogview2.launch.process import JobGroup
 from cogview2.launch.progress import ProgressLine, describe, duration, stage_label
 from cogview2.pipeline import fsops
 from cogview2.pipeline.attempt import Attempt
-from cogview2.pipeline.config.deepspeed import resolve
+from cogview2.pipeline.config.cost import UNITS
 from cogview2.pipeline.config.loading import stages_folder
-from cogview2.pipeline.config.partition import coglm_bounds
 from cogview2.pipeline.config.stages import STAGES, Recipe
-from cogview2.pipeline.config.training import TrainConfig
+from cogview2.pipeline.config.units import resolve_unit
 from cogview2.pipeline.errors import ConfigError, ExitCode, LaunchError
 from cogview2.pipeline.run_dir import REPEATABLE, RunDirectory, needed_stages, units
 
@@ -68,41 +65,18 @@ def select_stages(text: str | None) -> tuple[str, ...]:
     return tuple(order[begin : end + 1])
 
 
-def train_sections(recipe: Recipe) -> dict[str, TrainConfig]:
-    """Return the training section of every unit that trains with DeepSpeed."""
-    return {
-        "train_vqvae": recipe.vqvae.train,
-        "pretrain_coglm": recipe.coglm.train,
-        "finetune_superres/direct": recipe.direct_sr.train,
-        "finetune_superres/iterative": recipe.iterative_sr.train,
-    }
-
-
 def resolve_deepspeed(
     recipe: Recipe, stages: tuple[str, ...], ranks: int, *, cpu: bool
 ) -> dict[str, dict[str, object]]:
     """Return the DeepSpeed configuration of every selected unit; refuses contradictions before any start."""
     resolved: dict[str, dict[str, object]] = {}
-    for unit, train in train_sections(recipe).items():
+    for unit in UNITS:
         if unit.partition("/")[0] in stages:
             try:
-                resolved[unit] = resolve(train.deepspeed, train, ranks, cpu=cpu)
-                _check_model(recipe, unit, resolved[unit])
+                resolved[unit] = resolve_unit(recipe, unit, ranks, cpu=cpu)
             except ConfigError as error:
                 raise ConfigError(f"stage {unit}: {error}") from error
     return resolved
-
-
-def _check_model(recipe: Recipe, unit: str, resolved: Mapping[str, Any]) -> None:
-    """Refuse a DeepSpeed configuration that does not go with the unit's own model."""
-    if unit == "pretrain_coglm":
-        coglm_bounds(recipe, resolved["pipeline"]["partition"])
-    every, zero = recipe.vqvae.other_rates_every, resolved["zero_optimization"]["stage"]
-    if unit == "train_vqvae" and every > 1 and zero > 0:
-        raise ConfigError(
-            f"vqvae.other_rates_every {every} needs zero_optimization.stage 0, not {zero}: ZeRO moves weights that have no "
-            "gradient; change one of them"
-        )
 
 
 def prepare(

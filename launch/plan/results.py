@@ -20,6 +20,7 @@ from cogview2.pipeline.config import cost
 from cogview2.pipeline.config.deepspeed import resolve
 from cogview2.pipeline.config.hardware import Hardware
 from cogview2.pipeline.config.stages import STAGES, Recipe
+from cogview2.pipeline.config.units import resolve_unit
 from cogview2.pipeline.errors import ConfigError
 
 Values = dict[str, Any]
@@ -63,7 +64,7 @@ def _own(recipe: Recipe, unit: str, ranks: int) -> tuple[Setup | None, str | Non
     """Return the recipe's own way on these ranks, or why `run` and `submit` would refuse it."""
     train = cost.train_section(recipe, unit)
     try:
-        return setup_of(resolve(train.deepspeed, train, ranks), train, ranks), None
+        return setup_of(resolve_unit(recipe, unit, ranks), train, ranks), None
     except ConfigError as error:
         return None, str(error)
 

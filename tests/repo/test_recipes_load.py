@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from cogview2.launch.cascade import resolve_deepspeed, train_sections
+from cogview2.launch.cascade import resolve_deepspeed
+from cogview2.pipeline.config.cost import UNITS, train_section
 from cogview2.pipeline.config.loading import load_recipe, shipped_recipes
 from cogview2.pipeline.config.stages import STAGES
 
@@ -22,9 +23,9 @@ def test_recipe_loads_and_resolves(path: Path) -> None:
     recipe = load_recipe(path, [])
     assert recipe.name == path.stem
     resolved = resolve_deepspeed(recipe, tuple(STAGES), recipe.launch.ranks, cpu=False)
-    assert set(resolved) == set(train_sections(recipe))
-    for unit, train in train_sections(recipe).items():
-        config = resolved[unit]
+    assert set(resolved) == set(UNITS)
+    for unit, config in resolved.items():
+        train = train_section(recipe, unit)
         micro, accumulation = config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]
         data_parallel = recipe.launch.ranks // train.pipeline_parallel
         assert micro * accumulation * data_parallel == train.global_batch  # type: ignore[operator]
