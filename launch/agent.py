@@ -14,12 +14,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cogview2.launch.failure import STOPPED
 from cogview2.launch.job import Command, JobSpec
 from cogview2.launch.local import VISIBLE_DEVICES, device_variables
 from cogview2.launch.process import ALIVE_LINE, KILL_LINE, STOP_LINE, JobGroup
 from cogview2.pipeline import fsops
-from cogview2.pipeline.attempt import KILLED, Attempt, redacted
+from cogview2.pipeline.attempt import KILLED, STOPPED, Attempt, redacted
 from cogview2.pipeline.errors import CogView2Error, ExitCode, LaunchError
 
 SILENCE_SECONDS = 60.0

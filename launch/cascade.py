@@ -1,21 +1,21 @@
 """The cascade: stages in order, each started, waited for, and believed only by its DONE record."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cogview2.launch.changes import RESTART_FLAG, accept_recipe, set_aside, withdraw
 from cogview2.launch.eta import cascade_eta, training_flops
 from cogview2.launch.failure import Losses, PeerStop, explain, was_interrupted
 from cogview2.launch.job import JobSpec
-from cogview2.launch.launchers import Launcher, LocalLauncher, job_spec
+from cogview2.launch.launchers import Launcher, LocalLauncher, fewer_hosts, job_spec
 from cogview2.launch.process import JobGroup
 from cogview2.launch.progress import ProgressLine, describe, duration, stage_label
 from cogview2.pipeline import fsops
 from cogview2.pipeline.attempt import Attempt
-from cogview2.pipeline.config.cost import UNITS
 from cogview2.pipeline.config.loading import stages_folder
 from cogview2.pipeline.config.stages import STAGES, Recipe
-from cogview2.pipeline.config.units import resolve_unit
+from cogview2.pipeline.config.units import resolve_stage
 from cogview2.pipeline.errors import ConfigError, ExitCode, LaunchError
 from cogview2.pipeline.run_dir import REPEATABLE, RunDirectory, needed_stages, units
 
@@ -66,16 +66,19 @@ def select_stages(text: str | None) -> tuple[str, ...]:
 
 
 def resolve_deepspeed(
-    recipe: Recipe, stages: tuple[str, ...], ranks: int, *, cpu: bool
+    recipe: Recipe, stages: tuple[str, ...], slots: Sequence[int], *, cpu: bool
 ) -> dict[str, dict[str, object]]:
-    """Return the DeepSpeed configuration of every selected unit; refuses contradictions before any start."""
+    """Return the DeepSpeed configuration of every selected unit; refuses contradictions before any start.
+
+    Args:
+        recipe: what is trained.
+        stages: those that are selected.
+        slots: ranks of each host; a stage may use fewer hosts than there are, see `hosts_used`.
+        cpu: the ranks run on CPUs.
+    """
     resolved: dict[str, dict[str, object]] = {}
-    for unit in UNITS:
-        if unit.partition("/")[0] in stages:
-            try:
-                resolved[unit] = resolve_unit(recipe, unit, ranks, cpu=cpu)
-            except ConfigError as error:
-                raise ConfigError(f"stage {unit}: {error}") from error
+    for stage in stages:
+        resolved |= resolve_stage(recipe, stage, slots, cpu=cpu)
     return resolved
 
 
@@ -137,9 +140,9 @@ class Cascade:
         return ExitCode.DONE
 
     def _resolve(self) -> dict[str, dict[str, object]]:
-        ranks = sum(host.slots for host in self.launcher.hosts(self.recipe))
+        slots = [host.slots for host in self.launcher.hosts(self.recipe)]
         return resolve_deepspeed(
-            self.recipe, self.options.stages, ranks, cpu=self.launcher.uses_cpu(self.recipe)
+            self.recipe, self.options.stages, slots, cpu=self.launcher.uses_cpu(self.recipe)
         )
 
     def _look_at_hosts(self) -> None:
@@ -192,6 +195,8 @@ class Cascade:
         attempt = directory.new_attempt()
         spec = job_spec(self.launcher, self.recipe, self.run.path, stage, attempt.number)
         spec.write()
+        if said := fewer_hosts(self.launcher, self.recipe, spec):
+            print(f"{label}  {said}", flush=True)
         commands = self.launcher.commands(spec)
         attempt.write_commands([command.argv for command in commands], commands[0].environment)
         local = all(command.stop == "ranks" for command in commands)

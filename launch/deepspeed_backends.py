@@ -5,7 +5,6 @@ They put every value into command lines, unquoted where a shell reads them: what
 
 import shlex
 import shutil
-from pathlib import Path
 
 from cogview2.launch import local, mpi
 from cogview2.launch.job import Command, JobSpec
@@ -51,9 +50,7 @@ def launcher_arguments(backend: str, launch: LaunchConfig) -> str:
     if backend == OPENMPI:
         words += ["--map-by", "slot", "--bind-to", "none"]
         words += ["--mca", "plm_rsh_args", " ".join(reach)] if reach else []
-        if launch.interface is not None:
-            for component in ("oob", "btl"):
-                words += ["--mca", f"{component}_tcp_if_include", launch.interface]
+        words += mpi.interface_words(launch)
     elif backend == MPICH:
         words += ["-bind-to", "none"]
         words += ["-iface", launch.interface] if launch.interface is not None else []
@@ -63,17 +60,12 @@ def launcher_arguments(backend: str, launch: LaunchConfig) -> str:
 class BackendLauncher(SurveyedHosts):
     """One DeepSpeed runner here, which starts the ranks of all hosts of `--hosts` in its own way."""
 
-    def __init__(self, name: str, hosts_file: Path | None = None) -> None:
-        super().__init__(name, hosts_file)
-        self._launch = LaunchConfig()
-
     def check(self, run: RunDirectory, recipe: Recipe) -> None:
         """Look for the backend's program here, then at the hosts.
 
         Raises:
             LaunchError: the program is missing or another one, or a host cannot run the job.
         """
-        self._launch = recipe.launch
         if self.name == PDSH:
             if shutil.which("pdsh") is None:
                 raise LaunchError("pdsh is not on the PATH; install it, or use --launcher hostfile")

@@ -6,12 +6,10 @@ from pathlib import Path
 from cogview2.launch import process
 from cogview2.launch.job import Command, JobSpec
 from cogview2.launch.process import JobGroup
-from cogview2.pipeline.attempt import KILLED, Attempt, Outcome
+from cogview2.pipeline.attempt import KILLED, STOPPED, Attempt, Outcome
 from cogview2.pipeline.errors import ExitCode
 
 AGENT_MODULE = "cogview2.launch.agent"
-STOPPED = "stopped"
-"""Reason in an agent's record of a rank that had not begun when its job was told to stop; its code is 75."""
 _TAIL_LINES = 20
 _CONNECTION_ENDED = 255
 """Exit code of ssh for everything that is not the remote command's own end."""

@@ -9,6 +9,7 @@ from cogview2.launch import local
 from cogview2.launch.job import Command, Host, JobSpec
 from cogview2.pipeline.config.launch import LaunchConfig
 from cogview2.pipeline.config.stages import Recipe
+from cogview2.pipeline.config.units import hosts_used
 from cogview2.pipeline.errors import ConfigError
 from cogview2.pipeline.run_dir import RunDirectory
 
@@ -88,18 +89,28 @@ def variables(launch: LaunchConfig, *, cpu: bool) -> dict[str, str]:
 
 
 def job_spec(launcher: Launcher, recipe: Recipe, run: Path, stage: str, attempt: int) -> JobSpec:
-    """Return the description of a stage's next job; writes nothing."""
+    """Return the description of a stage's next job, on the hosts that it uses; writes nothing."""
     address, port = launcher.rendezvous(recipe)
+    hosts, cpu = launcher.hosts(recipe), launcher.uses_cpu(recipe)
+    used = hosts_used(recipe, stage, [host.slots for host in hosts], cpu=cpu)
     return JobSpec(
         stage=stage,
         run=run,
         attempt=attempt,
-        hosts=launcher.hosts(recipe),
+        hosts=hosts[:used],
         master_addr=address,
         master_port=port,
-        environment=variables(recipe.launch, cpu=launcher.uses_cpu(recipe)),
+        environment=variables(recipe.launch, cpu=cpu),
         grace_seconds=recipe.launch.grace_seconds,
     )
+
+
+def fewer_hosts(launcher: Launcher, recipe: Recipe, spec: JobSpec) -> str:
+    """Return in words that a job uses a part of the hosts only, or nothing when it uses all."""
+    hosts = len(launcher.hosts(recipe))
+    if len(spec.hosts) == hosts:
+        return ""
+    return f"uses {len(spec.hosts)} of the {hosts} hosts ({spec.ranks} ranks): its global batch has no equal share for more"
 
 
 class LocalLauncher:

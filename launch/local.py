@@ -23,10 +23,10 @@ def gpu_count(environment: Mapping[str, str], devices: Path = Path("/dev")) -> i
     return min(present, len([device for device in visible.split(",") if device.strip() not in ("", "-1")]))
 
 
-def free_port() -> int:
-    """Return a TCP port of the loopback address that nobody listens on now."""
+def free_port(address: str = "127.0.0.1") -> int:
+    """Return a TCP port of an address of this machine that nobody listens on now; "" stands for all its addresses."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((address, 0))
         return int(probe.getsockname()[1])
 
 

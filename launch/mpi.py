@@ -86,14 +86,19 @@ def _open_mpi(spec: JobSpec, launch: LaunchConfig) -> list[str]:
     """
     hosts = ",".join(f"{host.name}:{host.slots}" for host in spec.hosts)
     words = ["mpirun", "-n", str(spec.ranks), "--host", hosts, "--map-by", "slot", "--bind-to", "none"]
-    if launch.interface is not None:
-        for component in ("oob", "btl"):
-            words += ["--mca", f"{component}_tcp_if_include", launch.interface]
+    words += interface_words(launch)
     if len(spec.hosts) > 1 and (reach := ssh_options(launch)):
         words += ["--mca", "plm_rsh_args", " ".join(reach)]
     for name in _names(spec):
         words += ["-x", name]
     return words
+
+
+def interface_words(launch: LaunchConfig) -> list[str]:
+    """Return the words that hold Open MPI's own traffic to `launch.interface`."""
+    if launch.interface is None:
+        return []
+    return [word for part in ("oob", "btl") for word in ("--mca", f"{part}_tcp_if_include", launch.interface)]
 
 
 def _mpich(spec: JobSpec, launch: LaunchConfig) -> list[str]:

@@ -33,6 +33,7 @@ _FIELDS = {
     "writes_run": bool,
     "gpus": int,
     "first_address": str,
+    "own_address": str,
     "free_port": int,
     "clock": float,
 }
@@ -171,8 +172,20 @@ def problems(answer: Answer, own: dict[str, Any], run: Path, first: str, *, gpus
     return found
 
 
-def shared_with(answer: Answer, answers: Sequence[Answer], *, gpus: bool) -> list[str]:
-    """Return what is wrong with a host beside the others: one machine twice, or a meeting place that only it sees."""
+def by_own_name(launch: LaunchConfig, *, cpu: bool) -> bool:
+    """Return whether ranks tell each other the address of their host's own name: gloo, without an interface set."""
+    return cpu and launch.interface is None and "GLOO_SOCKET_IFNAME" not in launch.environment
+
+
+def shared_with(answer: Answer, answers: Sequence[Answer], *, gpus: bool, own_name: bool) -> list[str]:
+    """Return what is wrong with a host beside the others: one machine twice, or an address that only it can reach.
+
+    Args:
+        answer: of the host.
+        answers: of all hosts, the first one's first.
+        gpus: the ranks run on GPUs.
+        own_name: see `by_own_name`.
+    """
     if answer.facts is None:
         return []
     own, first = answer.facts["hostname"], answers[0]
@@ -188,6 +201,12 @@ def shared_with(answer: Answer, answers: Sequence[Answer], *, gpus: bool) -> lis
         found.append(
             f"cannot meet the others on {first.host.name}, an address of each host itself; write the address that the "
             "hosts know the first one by"
+        )
+    address, several = answer.facts["own_address"], {a.facts["hostname"] for a in answers if a.facts} != {own}
+    if own_name and several and (not address or address.startswith("127.")):
+        found.append(
+            f"takes its own name {printable(own)} for {address or 'nothing'}, where no other host can reach it; correct "
+            "its /etc/hosts, or set launch.interface to the network between the hosts"
         )
     return found
 
@@ -205,7 +224,7 @@ def examine(hosts: Sequence[Host], run: Path, launch: LaunchConfig) -> Findings:
     bad = []
     for answer in answers:
         found = problems(answer, own, run, hosts[0].name, gpus=not cpu)
-        found += shared_with(answer, answers, gpus=not cpu)
+        found += shared_with(answer, answers, gpus=not cpu, own_name=by_own_name(launch, cpu=cpu))
         if found:
             bad.append(f"  {answer.host.name}: {'; '.join(found)}")
     if bad:

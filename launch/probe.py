@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cogview2.launch.local import current_environment, gpu_count
+from cogview2.launch.local import current_environment, free_port, gpu_count
 from cogview2.pipeline.attempt import PROBE_PREFIX
 
 MARK = "cogview2-probe "
@@ -52,13 +52,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def free_port() -> int:
-    """Return a TCP port that nobody listens on now, on any address of this host."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
-
-
 def _address_of(name: str) -> str:
     try:
         return str(socket.getaddrinfo(name, None, socket.AF_INET)[0][4][0])
@@ -83,7 +76,8 @@ def look(run: Path, token: str, first: str) -> dict[str, Any]:
         "writes_run": os.access(run, os.W_OK) and os.access(token_path(run, token), os.R_OK),
         "gpus": gpu_count(current_environment()),
         "first_address": _address_of(first),
-        "free_port": free_port(),
+        "own_address": _address_of(socket.gethostname()),
+        "free_port": free_port(""),
         "clock": time.time(),
     }
 

@@ -1,6 +1,7 @@
 """The started commands of one job: their process groups, how a stop reaches the ranks, and no orphans."""
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -24,6 +25,23 @@ PEER_SECONDS = 15.0
 """Once a command failed, how long the others may take to notice by themselves before they are asked to stop."""
 _POLL_SECONDS = 0.2
 _KILL_SECONDS = 5.0
+_PR_SET_PDEATHSIG = 1
+"""Of linux/prctl.h."""
+
+
+def _stopped_with_us(launcher: int) -> Callable[[], None]:
+    """Return what a new process does first: it asks the kernel for SIGUSR1 when the launcher dies, killed or not.
+
+    For commands that hand SIGUSR1 on to their ranks: these then save and leave, where nobody is left to ask them.
+    """
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+    def ask() -> None:
+        prctl(_PR_SET_PDEATHSIG, int(signal.SIGUSR1))
+        if os.getppid() != launcher:  # it died before we asked
+            os._exit(1)
+
+    return ask
 
 
 def _state(process: str) -> tuple[str, int]:
@@ -93,6 +111,7 @@ class _Member:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
+                    preexec_fn=_stopped_with_us(os.getpid()) if self.command.stop == "SIGUSR1" else None,
                 )
             except OSError as error:
                 raise LaunchError(

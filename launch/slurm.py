@@ -16,145 +16,17 @@ from typing import Any
 
 from cogview2.launch import launchers, local, preflight, probe, requeue
 from cogview2.launch.job import PRIVATE_MODE, Command, Host, JobSpec, is_host_name
-from cogview2.launch.quoting import require_line, sbatch_word
+from cogview2.launch.slurm_script import asks_cpus, batch_script, nodes_used
 from cogview2.pipeline import fsops
 from cogview2.pipeline.attempt import redacted
 from cogview2.pipeline.command_line import printable
 from cogview2.pipeline.config.stages import STAGES, Recipe
-from cogview2.pipeline.errors import ConfigError, ExitCode, LaunchError
+from cogview2.pipeline.errors import LaunchError
 from cogview2.pipeline.run_dir import RunDirectory, units
 
 _JOB_ID = re.compile(r"(\d+)(;[A-Za-z0-9_.-]+)?")
 _LOOK_SECONDS = 120.0
 _FIRST_DERIVED_PORT, _DERIVED_PORTS = 20_000, 12_000
-_OURS = (
-    *("array", "cpus-per-task", "dependency", "error", "job-name", "kill-on-invalid-dep", "nodes", "ntasks"),
-    *("ntasks-per-node", "open-mode", "output", "requeue", "no-requeue", "signal", "time", "wrap"),
-)
-"""Options of sbatch that mean something to the script itself, so that launch.slurm.extra may not set them."""
-
-_SCRIPT = """\
-#!/bin/bash
-{directives}
-
-# Stage {stage} of one run, written by `cogview2 submit --launcher slurm`; `sbatch` takes this file again as it is.
-python={python}
-run={run}
-stage={stage}
-
-# Slurm sends USR1 {seconds} s before the time limit (--signal above), TERM when the job is cancelled or preempted.
-# Either is handed to the driver, which asks the ranks to save and leave.
-driver=
-asked=
-cancelled=no
-hand_on() {{
-    interrupted=yes
-    asked="$1"
-    if [ -n "$driver" ]; then kill -s "$1" "$driver" 2>/dev/null; fi
-}}
-trap 'hand_on USR1' USR1
-trap 'cancelled=yes; hand_on TERM' TERM
-
-# The driver starts one agent on every node with srun and believes only the stage's DONE record.
-"$python" -P -m cogview2.launch.cli run "$run/recipe.yaml" --name {name} --runs-dir {runs} \\
-    --stages "$stage" --launcher slurm &
-driver=$!
-if [ -n "$asked" ]; then kill -s "$asked" "$driver" 2>/dev/null; fi
-
-# A trapped signal ends `wait` as well: wait again until the driver itself has ended.
-while :; do
-    interrupted=no
-    wait "$driver"
-    code=$?
-    if [ "$interrupted" = no ]; then break; fi
-done
-
-# {requeue}: stopped with its work saved. Back into the queue, unless it was cancelled or nothing was gained;
-# jobs that wait for this one (--dependency) then wait on.
-if [ "$code" -eq {requeue} ] && [ "$cancelled" = no ]; then
-    if "$python" -P -m cogview2.launch.requeue --run-dir "$run" --stage "$stage" \\
-        --restarts "${{SLURM_RESTART_COUNT:-0}}" --limit {limit}; then
-        scontrol requeue "$SLURM_JOB_ID" || echo "cogview2: requeue job $SLURM_JOB_ID by hand, or submit again"
-    fi
-fi
-exit "$code"
-"""
-
-
-def _directives(run: Path, recipe: Recipe, stage: str, workdir: Path) -> list[str]:
-    launch, slurm = recipe.launch, recipe.launch.slurm
-    log = str(run / "submit" / stage).replace("%", "%%") + "-%j.log"
-    if "\\" in log:
-        raise LaunchError(f"Slurm writes no log to {run}, a path with a backslash; choose another --runs-dir")
-    for option in slurm.extra:
-        # sbatch takes any beginning of an option's name for the whole.
-        if any(own.startswith(option.removeprefix("--").partition("=")[0]) for own in _OURS):
-            raise ConfigError(
-                f"launch.slurm.extra {option}: the batch script sets that option itself; remove it"
-            )
-    optional = {
-        "gpus-per-node": str(launch.ranks_per_node) if slurm.gpus else None,
-        "partition": slurm.partition,
-        "account": slurm.account,
-        "qos": slurm.qos,
-        "constraint": slurm.constraint,
-    }
-    return [
-        f"--job-name=cogview2-{recipe.name}-{stage}",
-        f"--nodes={slurm.nodes}",
-        "--ntasks-per-node=1",
-        f"--cpus-per-task={launch.ranks_per_node * launch.threads_per_rank}",
-        *(f"--{name}={value}" for name, value in optional.items() if value is not None),
-        f"--time={slurm.time}",
-        f"--signal=B:USR1@{slurm.signal_seconds}",
-        "--requeue",
-        "--kill-on-invalid-dep=yes",
-        "--open-mode=append",
-        f"--output={log}",
-        f"--chdir={workdir}",
-        *slurm.extra,
-    ]
-
-
-def batch_script(
-    run: Path, recipe: Recipe, stage: str, *, python: str = sys.executable, workdir: Path | None = None
-) -> str:
-    """Return the text for sbatch of one stage.
-
-    Args:
-        run: the run directory; its last name is the run's name.
-        recipe: the run's recipe; `launch` says how many nodes of what kind.
-        stage: a stage's name.
-        python: the interpreter, under a path that every node sees.
-        workdir: where the job starts, so that relative paths of a recipe mean there what they mean here; by default
-            the working directory.
-
-    Raises:
-        LaunchError: a path that no line of a script can hold.
-        ConfigError: `launch.slurm.extra` names an option that the script sets, or the stage is none.
-    """
-    if stage not in STAGES:
-        raise ConfigError(f"{stage!r} is no stage; the stages are {', '.join(STAGES)}")
-    workdir = Path.cwd() if workdir is None else workdir
-    for what, text in (("run directory", str(run)), ("Python", python), ("working directory", str(workdir))):
-        require_line(text, what)
-    directives = [f"#SBATCH {_directive(word)}" for word in _directives(run, recipe, stage, workdir)]
-    return _SCRIPT.format(
-        directives="\n".join(directives),
-        python=shlex.quote(python),
-        run=shlex.quote(str(run)),
-        runs=shlex.quote(str(run.parent)),
-        name=shlex.quote(run.name),
-        stage=shlex.quote(stage),
-        seconds=recipe.launch.slurm.signal_seconds,
-        requeue=int(ExitCode.REQUEUE),
-        limit=recipe.launch.slurm.max_requeues,
-    )
-
-
-def _directive(word: str) -> str:
-    name, equals, value = word.partition("=")
-    return f"{name}{equals}{sbatch_word(value)}"
 
 
 def submit(run: RunDirectory, recipe: Recipe, stages: tuple[str, ...], *, dry_run: bool = False) -> list[str]:
@@ -185,13 +57,15 @@ def submit(run: RunDirectory, recipe: Recipe, stages: tuple[str, ...], *, dry_ru
             "sbatch is not on the PATH; submit from a login node of the cluster, or use another --launcher"
         )
     fsops.make_dirs(run.path / "submit")
+    nodes = recipe.launch.slurm.nodes
     ids: list[str] = []
     for stage, text in texts.items():
         fsops.write_text(paths[stage], text)
         requeue.remember(run, stage)
         ids.append(_sbatch(_sbatch_argv(paths[stage], ids[-1] if ids else None), ids))
         after = f" after job {ids[-2]}" if len(ids) > 1 else ""
-        print(f"{stage}: job {ids[-1]}{after}, {paths[stage]}")
+        part = "" if (used := nodes_used(recipe, stage)) == nodes else f" on {used} of {nodes} nodes"
+        print(f"{stage}: job {ids[-1]}{after}{part}, {paths[stage]}")
     print(f"watch:  squeue --jobs={','.join(ids)}   cogview2 status {shlex.quote(str(run.path))}")
     print(f"logs:   {run.path}/submit/STAGE-JOB.log   cogview2 logs {shlex.quote(str(run.path))}")
     print(
@@ -241,7 +115,7 @@ def _print_plan(
             run=run.path,
             attempt=latest.number + 1 if latest else 1,
             hosts=tuple(
-                Host(f"node-{k}", recipe.launch.ranks_per_node) for k in range(recipe.launch.slurm.nodes)
+                Host(f"node-{k}", recipe.launch.ranks_per_node) for k in range(nodes_used(recipe, stage))
             ),
             master_addr="node-0",
             master_port=0,
@@ -354,9 +228,7 @@ class SlurmLauncher:
 
     def uses_cpu(self, recipe: Recipe) -> bool:
         """Return whether the recipe asks Slurm for no GPUs."""
-        slurm, environment = recipe.launch.slurm, recipe.launch.environment
-        asked = slurm.gpus or any(word.startswith(("--gres=gpu", "--gpus")) for word in slurm.extra)
-        return not asked or environment.get("DS_ACCELERATOR") == "cpu"
+        return asks_cpus(recipe)
 
     def check(self, run: RunDirectory, recipe: Recipe) -> None:
         """Look at all nodes at once, by one srun; see `preflight.problems`.
@@ -371,14 +243,16 @@ class SlurmLauncher:
         nodes = self._nodes()
         said, complaint = _look(nodes, run.path)
         own = {"versions": probe.versions(), "source": probe.source_digest()}
-        gpus = not self.uses_cpu(recipe)
+        cpu = self.uses_cpu(recipe)
+        silence = f"gave no answer to srun ({complaint}); look at it with sinfo"
+        hosts = self.hosts(recipe)
+        answers = [preflight.Answer(host, said.get(host.name), silence) for host in hosts]
+        own_name = preflight.by_own_name(recipe.launch, cpu=cpu)
         bad = []
-        for name in nodes:
-            host = Host(name, recipe.launch.ranks_per_node)
-            silence = f"gave no answer to srun ({complaint}); look at it with sinfo"
-            answer = preflight.Answer(host, said.get(name), silence)
-            found = preflight.problems(answer, own, run.path, nodes[0], gpus=gpus)
-            bad += [f"  {name}: {'; '.join(found)}"] if found else []
+        for answer in answers:
+            found = preflight.problems(answer, own, run.path, nodes[0], gpus=not cpu)
+            found += preflight.shared_with(answer, answers, gpus=not cpu, own_name=own_name)
+            bad += [f"  {answer.host.name}: {'; '.join(found)}"] if found else []
         if bad:
             first = f"{len(bad)} of {len(nodes)} nodes cannot run this job, nothing was started:"
             raise LaunchError("\n".join([first, *bad]))
@@ -389,7 +263,7 @@ class SlurmLauncher:
         if recipe.launch.master_port is not None:
             return first, recipe.launch.master_port
         if _short(first) == _short(socket.gethostname()):
-            return first, probe.free_port()
+            return first, local.free_port("")
         job = os.environ.get("SLURM_JOB_ID", "")
         return first, _FIRST_DERIVED_PORT + (int(job) if job.isdigit() else 0) % _DERIVED_PORTS
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cogview2.launch.cascade import Cascade, Options, prepare, resolve_deepspeed
 from cogview2.launch.job import JobSpec
-from cogview2.launch.launchers import Launcher, job_spec
+from cogview2.launch.launchers import Launcher, fewer_hosts, job_spec
 from cogview2.pipeline.attempt import redacted
 from cogview2.pipeline.config.stages import Recipe
 from cogview2.pipeline.errors import ConfigError, ExitCode
@@ -48,7 +48,7 @@ def _submit_to_slurm(
     resolved = resolve_deepspeed(
         recipe,
         options.stages,
-        launch.slurm.nodes * launch.ranks_per_node,
+        [launch.ranks_per_node] * launch.slurm.nodes,
         cpu=options.launcher.uses_cpu(recipe),
     )
     if not dry_run:
@@ -65,17 +65,19 @@ def describe(run: RunDirectory, recipe: Recipe, options: Options) -> list[str]:
     """
     launcher = options.launcher
     hosts = launcher.hosts(recipe)
-    ranks = sum(host.slots for host in hosts)
-    resolve_deepspeed(recipe, options.stages, ranks, cpu=launcher.uses_cpu(recipe))
+    slots = [host.slots for host in hosts]
+    resolve_deepspeed(recipe, options.stages, slots, cpu=launcher.uses_cpu(recipe))
     lines = [
         f"run {run.path}",
-        f"{ranks} ranks on {', '.join(f'{host.name} ({host.slots})' for host in hosts)}",
+        f"{sum(slots)} ranks on {', '.join(f'{host.name} ({host.slots})' for host in hosts)}",
     ]
     for stage in options.stages:
         latest = run.stage(stage).latest_attempt()
         spec = job_spec(launcher, recipe, run.path, stage, latest.number + 1 if latest else 1)
         done = "  (done before: skipped if its settings and inputs are the same)"
         lines += ["", f"stage {stage}{done if run.is_done(stage) else ''}"]
+        said = fewer_hosts(launcher, recipe, spec)
+        lines += [f"  {said}"] if said else []
         lines += _commands(launcher, spec)
     variables = job_spec(launcher, recipe, run.path, options.stages[0], 1).environment
     lines += ["", "variables set for every rank, on top of what its host gives it:"]

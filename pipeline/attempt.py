@@ -21,6 +21,8 @@ PROBE_PREFIX = ".probe-"
 """Begins the name of the file by which hosts show that they see a run directory."""
 KILLED = "killed"
 """Reason in a record that a rank could not write itself."""
+STOPPED = "stopped"
+"""Reason in an agent's record of a rank that had not begun when its job was told to stop; its code is 75."""
 _NOTICE_SECONDS = 2.0
 """A killed rank is noticed later than its peers notice the closed connection."""
 

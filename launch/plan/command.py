@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cogview2.launch.cascade import select_stages
 from cogview2.launch.hostfile import read_hostfile
-from cogview2.launch.plan.results import plan
+from cogview2.launch.plan.results import hosts_of, plan
 from cogview2.launch.plan.table import grid, text
 from cogview2.launch.plan.timing import Assumptions
 from cogview2.pipeline.config.hardware import Hardware, find_hardware, hardware_table
@@ -54,17 +54,16 @@ def _list_hardware() -> None:
     print("\n".join(grid(rows, 0)))
 
 
-def _ranks_and_hardware(arguments: argparse.Namespace, recipe: Recipe) -> tuple[int, str, Hardware]:
+def _slots_and_hardware(arguments: argparse.Namespace, recipe: Recipe) -> tuple[list[int], str, Hardware]:
     name = arguments.hardware or recipe.launch.hardware or DEFAULT_HARDWARE
     hardware = find_hardware(name)
     if arguments.hosts is not None:
-        hosts = read_hostfile(arguments.hosts)
-        most = max(host.slots for host in hosts)
-        return sum(host.slots for host in hosts), name, hardware.model_copy(update={"per_host": most})
+        slots = [host.slots for host in read_hostfile(arguments.hosts)]
+        return slots, name, hardware.model_copy(update={"per_host": max(slots)})
     ranks = arguments.ranks if arguments.ranks is not None else recipe.launch.ranks
     if not 1 <= ranks <= 1 << 20:
         raise ConfigError(f"--ranks {ranks}: a plan needs at least 1 rank and at most {1 << 20}")
-    return ranks, name, hardware
+    return hosts_of(ranks, hardware), name, hardware
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -84,9 +83,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.pictures is not None and arguments.pictures < 1:
         raise ConfigError(f"--pictures {arguments.pictures}: must be at least 1")
     recipe = load_recipe(arguments.recipe, list(arguments.set))
-    ranks, name, hardware = _ranks_and_hardware(arguments, recipe)
+    slots, name, hardware = _slots_and_hardware(arguments, recipe)
     stages = select_stages(arguments.stages)
-    found = plan(recipe, ranks, name, hardware, Assumptions(), stages=stages, pictures=arguments.pictures)
+    found = plan(recipe, slots, name, hardware, Assumptions(), stages=stages, pictures=arguments.pictures)
     print(json.dumps(found, indent=1) if arguments.json else text(found))
     if found["refusals"]:
         raise ConfigError("\n".join(found["refusals"]))

@@ -20,7 +20,7 @@ from cogview2.pipeline.config import cost
 from cogview2.pipeline.config.deepspeed import resolve
 from cogview2.pipeline.config.hardware import Hardware
 from cogview2.pipeline.config.stages import STAGES, Recipe
-from cogview2.pipeline.config.units import resolve_unit
+from cogview2.pipeline.config.units import hosts_used, resolve_unit, units_of
 from cogview2.pipeline.errors import ConfigError
 
 Values = dict[str, Any]
@@ -115,6 +115,7 @@ def unit_plan(
     samples = train.steps * train.global_batch
     return {
         "unit": unit,
+        "ranks": ranks,
         "parameters": sizes.parameters,
         "trained": sizes.trained,
         "steps": train.steps,
@@ -132,6 +133,14 @@ def unit_plan(
     }
 
 
+def _ranks_used(recipe: Recipe, stage: str, slots: Sequence[int]) -> int:
+    """Return the ranks that a stage runs on; all of them where it is refused, for the plan of each unit says why."""
+    try:
+        return sum(slots[: hosts_used(recipe, stage, slots)])
+    except ConfigError:
+        return sum(slots)
+
+
 def _cascade(units: list[Values], way: str, evaluating: float, ranks: int, shards: int) -> Values | None:
     """Return time and disk of the whole cascade, every unit in the same way; None where one of them has none."""
     taken = [unit[way] for unit in units]
@@ -139,12 +148,18 @@ def _cascade(units: list[Values], way: str, evaluating: float, ranks: int, shard
         return None
     hours = sum(one["hours"] for one in taken) + evaluating
     disk = sum(one["checkpoint"]["disk"] + one["checkpoint"]["exported"] for one in taken) + shards
-    return {"hours": hours, "gpu_hours": hours * ranks, "disk": disk}
+    gpu_hours = sum(one["gpu_hours"] for one in taken) + evaluating * ranks
+    return {"hours": hours, "gpu_hours": gpu_hours, "disk": disk}
+
+
+def hosts_of(ranks: int, hardware: Hardware) -> list[int]:
+    """Return the ranks of each host when all but the last are full."""
+    return [min(hardware.per_host, ranks - first) for first in range(0, ranks, hardware.per_host)]
 
 
 def plan(
     recipe: Recipe,
-    ranks: int,
+    slots: Sequence[int],
     name: str,
     hardware: Hardware,
     assumed: Assumptions,
@@ -156,17 +171,20 @@ def plan(
 
     Args:
         recipe: what is trained.
-        ranks: of every job.
+        slots: ranks of each host; a stage may use fewer hosts than there are (`hosts_used`).
         name: of the device, for messages.
         hardware: the device.
         assumed: see there.
         stages: those that are planned.
         pictures: in the source, where the recipe does not say.
     """
+    ranks = sum(slots)
     units = [
-        unit_plan(recipe, unit, ranks, hardware, name, assumed)
-        for unit in cost.UNITS
-        if unit.partition("/")[0] in stages
+        unit_plan(recipe, unit, used, hardware, name, assumed) | {"idle_ranks": ranks - used}
+        for stage in stages
+        if units_of(stage)
+        for used in [_ranks_used(recipe, stage, slots)]
+        for unit in units_of(stage)
     ]
     drawn = sampling(recipe, hardware, assumed)
     evaluated = evaluation_pictures(recipe)
@@ -177,7 +195,7 @@ def plan(
     return {
         "recipe": recipe.name,
         "ranks": ranks,
-        "hosts": -(-ranks // hardware.per_host),
+        "hosts": len(slots),
         "hardware": {"name": name, **hardware.model_dump()},
         "assumptions": asdict(assumed),
         "units": units,

@@ -5,7 +5,7 @@ from functools import cache
 from typing import Any
 
 from cogview2.launch.plan.memory import KINDS
-from cogview2.launch.plan.results import plan
+from cogview2.launch.plan.results import hosts_of, plan
 from cogview2.launch.plan.table import seconds
 from cogview2.launch.plan.timing import Assumptions
 from cogview2.pipeline.config.hardware import find_hardware
@@ -25,8 +25,8 @@ def command(ranks: int, hardware: str) -> str:
 @cache
 def figures(ranks: int, hardware: str) -> dict[str, Any]:
     """Return the plan of CogLM's pretraining on a cluster, as `--json` prints it."""
-    recipe = load_recipe("cogview2_6b", [])
-    return plan(recipe, ranks, hardware, find_hardware(hardware), Assumptions(), stages=(STAGE,))
+    recipe, device = load_recipe("cogview2_6b", []), find_hardware(hardware)
+    return plan(recipe, hosts_of(ranks, device), hardware, device, Assumptions(), stages=(STAGE,))
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from cogview2.launch.plan.memory import KINDS
 
 WIDTH = 100
+_NO_SHARE = "its global batch has no equal share for more hosts"
 _STEP = ("compute", "bubble", "reduce", "gather", "pipe", "update")
 
 
@@ -104,6 +105,11 @@ def _unit(unit: dict[str, Any]) -> list[str]:
         f"{unit['unit']}: {amount(unit['parameters'])} parameters, {amount(unit['trained'])} trained; "
         f"{unit['steps']:,} steps x {unit['samples_per_step']:,} samples",
         f"  {amount(unit['samples'])} samples{tokens}, {amount(unit['model_flops'])} model FLOPs",
+        *(
+            [f"  on {unit['ranks']} ranks, {unit['idle_ranks']} stay idle: {_NO_SHARE}"]
+            if unit["idle_ranks"]
+            else []
+        ),
         *_ways(unit),
         *_details(unit),
     ]

@@ -34,6 +34,20 @@ def _submit(cluster: Cluster, launcher: str, name: str, *settings: str) -> Progr
     return cluster.lan.driver.start(*argv, folder=cluster.folder, **ROOT)
 
 
+def _rank_words(run: RunDirectory) -> list[str]:
+    """Return what a rank of a bare mpirun executes."""
+    return [
+        sys.executable,
+        "-P",
+        "-m",
+        f"cogview2.stages.{COGLM}",
+        "--run-dir",
+        str(run.path),
+        "--attempt",
+        "1",
+    ]
+
+
 @pytest.mark.parametrize("launcher", STARTERS)
 def test_two_hosts_train_as_two_local_ranks(
     launcher: str, cluster: Cluster, prepared: tiny_runs.Finished
@@ -68,21 +82,24 @@ def test_a_stop_saves_and_the_same_command_goes_on(
     assert_same_training(run, straight)
 
 
+@pytest.mark.parametrize("launcher", STARTERS)
+def test_ranks_save_when_their_launcher_is_killed(
+    launcher: str, cluster: Cluster, prepared: tiny_runs.Finished
+) -> None:
+    run = run_of(prepared, cluster.runs, f"orphaned-{launcher}")
+    program = _submit(cluster, launcher, run.path.name, *LONG)
+    wait_for_checkpoint(run, program, 10)
+    program.signal(signal.SIGKILL)
+    cluster.wait_until_empty(run.path.name, STOP_SECONDS)
+    outcomes = run.stage(COGLM).attempts()[-1].outcomes()
+    assert [outcome.reason for outcome in outcomes] == ["preempted"] * 2
+
+
 def test_ranks_of_a_bare_mpirun_find_each_other(cluster: Cluster, prepared: tiny_runs.Finished) -> None:
     """Nobody wrote a job.json: the stage module under mpirun, by hand."""
     run = run_of(prepared, cluster.runs, "bare")
     attempt = run.stage(COGLM).new_attempt()
     names = ",".join(node.name for node in cluster.lan.nodes[:2])
-    words = [
-        sys.executable,
-        "-P",
-        "-m",
-        f"cogview2.stages.{COGLM}",
-        "--run-dir",
-        str(run.path),
-        "--attempt",
-        "1",
-    ]
     driver = cluster.lan.driver
     settings = {
         "OMP_NUM_THREADS": "1",
@@ -91,7 +108,7 @@ def test_ranks_of_a_bare_mpirun_find_each_other(cluster: Cluster, prepared: tiny
         "TOKENIZERS_PARALLELISM": "false",
     }
     passed = [word for name in settings for word in ("-x", name)]
-    mpirun = ["mpirun", "-n", "2", "--host", names, *passed, *words]
+    mpirun = ["mpirun", "-n", "2", "--host", names, *passed, *_rank_words(run)]
     driver.run(*mpirun, folder=cluster.folder, seconds=150.0, **ROOT, **settings)
     assert [outcome.code for outcome in attempt.outcomes()] == [0, 0]
     assert_same_training(run, prepared.run)
@@ -104,17 +121,16 @@ def test_hosts_that_do_not_share_the_run_are_named(
     run = run_of(prepared, cluster.runs, "torn")
     attempt = run.stage(COGLM).new_attempt()
     first, second = cluster.lan.nodes[:2]
-    words = [
-        sys.executable,
-        "-P",
-        "-m",
-        f"cogview2.stages.{COGLM}",
-        "--run-dir",
-        str(run.path),
-        "--attempt",
-        "1",
+    mpirun = [
+        "mpirun",
+        "-n",
+        "2",
+        "--host",
+        f"{first.name},{second.name}",
+        "-x",
+        "OMP_NUM_THREADS",
+        *_rank_words(run),
     ]
-    mpirun = ["mpirun", "-n", "2", "--host", f"{first.name},{second.name}", "-x", "OMP_NUM_THREADS", *words]
     with second.replace(run.recipe_path, "name: another\n"):
         done = cluster.lan.driver.run(
             *mpirun, folder=cluster.folder, check=False, OMP_NUM_THREADS="1", **ROOT

@@ -104,6 +104,18 @@ def test_two_hosts_do_a_stage_and_again_nothing(
     assert not list(run.path.glob(".probe-*"))
 
 
+def test_a_small_stage_uses_a_part_of_the_hosts_and_says_so(
+    run: RunDirectory, hosts: FakeHosts, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert submit(run, hosts, "--set", "vqvae.train.global_batch=2", stage="train_vqvae") == 0
+    said = capsys.readouterr().out
+    assert "uses 1 of the 2 hosts (2 ranks): its global batch has no equal share for more" in said
+    attempt = run.stage("train_vqvae").latest_attempt()
+    assert attempt is not None and len(attempt.outcomes()) == 2
+    assert (attempt.path / "hostfile").read_text() == "127.0.0.1 slots=2\n"
+    assert sum("launch.agent" in call for call in hosts.calls()) == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_one_signal_lets_the_ranks_of_all_hosts_save(
     run: RunDirectory, hosts: FakeHosts, capsys: pytest.CaptureFixture[str], number: int

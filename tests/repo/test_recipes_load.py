@@ -22,7 +22,7 @@ def test_all_recipes_are_shipped() -> None:
 def test_recipe_loads_and_resolves(path: Path) -> None:
     recipe = load_recipe(path, [])
     assert recipe.name == path.stem
-    resolved = resolve_deepspeed(recipe, tuple(STAGES), recipe.launch.ranks, cpu=False)
+    resolved = resolve_deepspeed(recipe, tuple(STAGES), [recipe.launch.ranks], cpu=False)
     assert set(resolved) == set(UNITS)
     for unit, config in resolved.items():
         train = train_section(recipe, unit)

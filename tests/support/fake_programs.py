@@ -47,6 +47,13 @@ wait; wait""",
 }
 
 
+def program(folder: Path, name: str, text: str) -> None:
+    """Put an executable bash script into a folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
 @dataclass(frozen=True)
 class Arrived:
     """What a program at the far end was given."""

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from fake_programs import FakePrograms
 
-from cogview2.launch import launchers, slurm
+from cogview2.launch import launchers
 from cogview2.launch.job import JobSpec
+from cogview2.launch.slurm_script import batch_script
 from cogview2.pipeline.config.launch import LaunchConfig
 from cogview2.pipeline.config.stages import Recipe
 
@@ -99,7 +100,7 @@ class Job:
         if name == "slurm":
             script = self.folder / "s.sbatch"
             script.write_text(
-                slurm.batch_script(spec.run, self.recipe, self.stage, python=spec.python, workdir=self.folder)
+                batch_script(spec.run, self.recipe, self.stage, python=spec.python, workdir=self.folder)
             )
             found.append((("sbatch", "--parsable", str(script)), {}))
         return spec, found

@@ -367,11 +367,11 @@ def test_running_is_seen_from_another_shell(run: RunDirectory) -> None:
 def test_what_does_not_go_with_a_units_own_model_is_refused_before_any_start() -> None:
     idle = load_recipe("quickstart", ["vqvae.train.deepspeed=debug", "vqvae.train.optimizer.kind=adamw"])
     with pytest.raises(ConfigError, match=r"train_vqvae: vqvae\.other_rates_every 5 needs .*stage 0, not 1"):
-        resolve_deepspeed(idle, ("train_vqvae",), 1, cpu=True)
+        resolve_deepspeed(idle, ("train_vqvae",), [1], cpu=True)
     pipes = ["coglm.train.deepspeed=coglm_tiny_pp", "coglm.train.optimizer.kind=adamw"]
     deep = load_recipe("quickstart", [*pipes, "coglm.train.pipeline_parallel=4"])
     with pytest.raises(ConfigError, match="pipeline_parallel 4 is more than the 3 layers"):
-        resolve_deepspeed(deep, ("pretrain_coglm",), 4, cpu=True)
+        resolve_deepspeed(deep, ("pretrain_coglm",), [4], cpu=True)
 
 
 def test_the_hardware_of_a_recipe_is_in_the_table() -> None:

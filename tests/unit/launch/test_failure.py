@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 
 from cogview2.launch import process
-from cogview2.launch.failure import STOPPED, Losses, PeerStop, explain, rank_words, was_interrupted
+from cogview2.launch.failure import Losses, PeerStop, explain, rank_words, was_interrupted
 from cogview2.launch.job import Command, Host, JobSpec
 from cogview2.launch.process import JobGroup
-from cogview2.pipeline.attempt import Attempt
+from cogview2.pipeline.attempt import STOPPED, Attempt
 from cogview2.pipeline.stage_dir import StageDirectory
 
 

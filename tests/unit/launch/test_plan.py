@@ -15,7 +15,7 @@ from cogview2.launch import cli
 from cogview2.launch.plan import inventory, scaling, storage
 from cogview2.launch.plan.activations import activations
 from cogview2.launch.plan.memory import KINDS, memory_of, worst_memory
-from cogview2.launch.plan.results import plan
+from cogview2.launch.plan.results import hosts_of, plan
 from cogview2.launch.plan.sampling import sampling
 from cogview2.launch.plan.setup import Setup, setup_of
 from cogview2.launch.plan.states import aligned, states, touching
@@ -35,7 +35,8 @@ BASE = Setup(8, 1, 1, 8, 64, 1, accumulate="fp32", communicate="fp32")
 
 def _plan(ranks: int, hardware: str, *overrides: str, stage: str = "pretrain_coglm") -> dict[str, Any]:
     recipe = load_recipe("cogview2_6b", list(overrides))
-    return plan(recipe, ranks, hardware, find_hardware(hardware), ASSUMED, stages=(stage,))
+    device = find_hardware(hardware)
+    return plan(recipe, hosts_of(ranks, device), hardware, device, ASSUMED, stages=(stage,))
 
 
 def test_it_answers_within_two_seconds_and_without_torch() -> None:
@@ -276,8 +277,26 @@ def test_what_cannot_fit_is_refused_with_the_kind_and_the_remedy(capsys: pytest.
 
 
 def test_a_global_batch_without_a_share_for_every_rank_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["plan", "cogview2_6b", "--ranks", "256", "--stages", "train_vqvae"]) == 78
-    assert "a global batch of 64 has no equal share for 256 ranks" in capsys.readouterr().err
+    assert cli.main(["plan", "cogview2_6b", "--ranks", "48", "--stages", "pretrain_coglm"]) == 78
+    assert "global_batch 4096 is not a multiple of micro batch 4 x 48" in capsys.readouterr().err
+    assert cli.main(["plan", "cogview2_6b", "--ranks", "3", "--stages", "train_vqvae"]) == 78
+    assert "a global batch of 64 has no equal share for 3 ranks" in capsys.readouterr().err
+
+
+def test_small_stages_are_planned_on_the_part_of_the_hosts_that_they_use(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["plan", "cogview2_6b", "--ranks", "512"]) == 0
+    out = capsys.readouterr().out
+    assert "on 8 ranks, 504 stay idle: its global batch has no equal share for more hosts" in out
+    assert cli.main(["plan", "cogview2_6b", "--ranks", "512", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [unit["ranks"] for unit in found["units"]] == [8, 512, 256, 256]
+    best = [unit["recommended"] for unit in found["units"]]
+    assert found["cascade"]["recommended"]["gpu_hours"] == pytest.approx(
+        sum(one["gpu_hours"] for one in best) + found["evaluate"]["gpu_hours"]
+    )
+    assert best[0]["gpu_hours"] == pytest.approx(8 * best[0]["hours"])
 
 
 def test_json_has_what_the_table_shows(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,7 @@ def facts(**changes: Any) -> dict[str, Any]:
         "writes_run": True,
         "gpus": 8,
         "first_address": "10.0.0.1",
+        "own_address": "10.0.0.1",
         "free_port": 4711,
         "clock": 1.0,
     }
@@ -148,17 +149,37 @@ def test_no_ssh_on_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
+def shared(answer: Answer, answers: list[Answer], *, gpus: bool) -> list[str]:
+    return preflight.shared_with(answer, answers, gpus=gpus, own_name=False)
+
+
 def test_one_machine_twice_and_a_meeting_place_that_is_nowhere() -> None:
     def seen(name: str, hostname: str, first: str) -> Answer:
         return Answer(Host(name, 4), facts(hostname=hostname, first_address=first))
 
     twice = [seen("node1", "node1", "10.0.0.1"), seen("node1.cluster", "node1", "10.0.0.1")]
-    assert preflight.shared_with(twice[0], twice, gpus=True) == []
-    assert "calls itself node1 as node1 does" in preflight.shared_with(twice[1], twice, gpus=True)[0]
-    assert preflight.shared_with(twice[1], twice, gpus=False) == []  # ranks of one CPU host in two groups
+    assert shared(twice[0], twice, gpus=True) == []
+    assert "calls itself node1 as node1 does" in shared(twice[1], twice, gpus=True)[0]
+    assert shared(twice[1], twice, gpus=False) == []  # ranks of one CPU host in two groups
     nowhere = [seen("127.0.0.1", "a", "127.0.0.1"), seen("node2", "b", "127.0.0.1")]
-    assert preflight.shared_with(nowhere[0], nowhere, gpus=False) == []
-    assert "cannot meet the others on 127.0.0.1" in preflight.shared_with(nowhere[1], nowhere, gpus=False)[0]
+    assert shared(nowhere[0], nowhere, gpus=False) == []
+    assert "cannot meet the others on 127.0.0.1" in shared(nowhere[1], nowhere, gpus=False)[0]
     # Debian's default: a host knows its own name as loopback, the others do not.
     debian = [seen("node1", "node1", "127.0.1.1"), seen("node2", "node2", "10.0.0.1")]
-    assert preflight.shared_with(debian[1], debian, gpus=False) == []
+    assert shared(debian[1], debian, gpus=False) == []
+
+
+@pytest.mark.parametrize("address", ["127.0.1.1", ""])
+def test_a_host_that_takes_its_own_name_for_loopback_is_named_where_ranks_meet_by_it(address: str) -> None:
+    plain = Answer(Host("10.0.0.1", 1), facts(hostname="node1"))
+    debian = Answer(Host("10.0.0.2", 1), facts(hostname="node2", own_address=address))
+    (said,) = preflight.shared_with(debian, [plain, debian], gpus=False, own_name=True)
+    assert f"takes its own name node2 for {address or 'nothing'}" in said and "set launch.interface" in said
+    assert preflight.shared_with(plain, [plain, debian], gpus=False, own_name=True) == []
+    assert preflight.shared_with(debian, [plain, debian], gpus=False, own_name=False) == []
+    same = [debian, Answer(Host("10.0.0.3", 1), facts(hostname="node2", own_address=address))]
+    assert preflight.shared_with(debian, same, gpus=False, own_name=True) == []  # one machine under two names
+    assert preflight.by_own_name(LaunchConfig(), cpu=True)
+    assert not preflight.by_own_name(LaunchConfig(), cpu=False)
+    assert not preflight.by_own_name(LaunchConfig(interface="eth0"), cpu=True)
+    assert not preflight.by_own_name(LaunchConfig(environment={"GLOO_SOCKET_IFNAME": "eth0"}), cpu=True)

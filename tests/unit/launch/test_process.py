@@ -186,6 +186,26 @@ def test_a_launcher_that_hands_signals_on_ends_by_a_second_sigint(attempt: Attem
     assert job.killed
 
 
+def test_a_launcher_that_hands_signals_on_gets_sigusr1_when_we_are_killed(attempt: Attempt) -> None:
+    said = attempt.path / "said"
+    code = HANDS_ON.format(interrupt="signal.SIG_IGN").replace("sys.exit(75)", f"open({str(said)!r}, 'w')")
+    pid = os.fork()
+    if pid == 0:
+        try:
+            JobGroup([Command((sys.executable, "-c", code), os.environ, "srun", "SIGUSR1")], attempt).run(
+                lambda: None
+            )
+        finally:
+            os._exit(0)
+    wait_for_words(attempt, "ready")
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    deadline = time.monotonic() + 10
+    while not said.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def test_what_does_not_end_is_killed_after_the_limit(
     attempt: Attempt, monkeypatch: pytest.MonkeyPatch
 ) -> None:

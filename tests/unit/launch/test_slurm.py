@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from fake_programs import program
 
 from cogview2.launch import requeue, slurm
+from cogview2.launch.slurm_script import batch_script
 from cogview2.pipeline.config.loading import load_recipe
 from cogview2.pipeline.config.stages import Recipe
 from cogview2.pipeline.errors import ConfigError, LaunchError
@@ -35,23 +37,8 @@ def recipe(*overrides: str) -> Recipe:
     return load_recipe("quickstart", [*SLURM, *overrides])
 
 
-def program(folder: Path, name: str, text: str) -> None:
-    """Put an executable bash script on the fake PATH."""
-    folder.mkdir(exist_ok=True)
-    (folder / name).write_text(f"#!/bin/bash\n{text}\n")
-    (folder / name).chmod(0o755)
-
-
-@pytest.fixture
-def binaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    return folder
-
-
 def test_the_script_is_the_one_that_was_read_and_approved() -> None:
-    script = slurm.batch_script(
+    script = batch_script(
         Path("/data/my runs/emoji-6b"),
         load_recipe("quickstart", [*FULL]),
         "pretrain_coglm",
@@ -66,14 +53,14 @@ def test_bash_reads_the_script() -> None:
 
 
 def test_gpus_are_asked_for_unless_there_are_none() -> None:
-    assert "--gpus-per-node=4\n" in slurm.batch_script(Path("/r/q"), recipe(), "evaluate")
-    assert "gpus" not in slurm.batch_script(Path("/r/q"), recipe("launch.slurm.gpus=false"), "evaluate")
+    assert "--gpus-per-node=4\n" in batch_script(Path("/r/q"), recipe(), "evaluate")
+    assert "gpus" not in batch_script(Path("/r/q"), recipe("launch.slurm.gpus=false"), "evaluate")
 
 
 @pytest.mark.parametrize("option", ["--output=/x", "--array=1-4", "--ntasks=8", "--no-requeue", "--wrap=x"])
 def test_options_that_the_script_lives_by_are_refused(option: str) -> None:
     with pytest.raises(ConfigError, match="the batch script sets that option itself; remove it"):
-        slurm.batch_script(Path("/r/q"), recipe(f'launch.slurm.extra=["{option}"]'), "evaluate")
+        batch_script(Path("/r/q"), recipe(f'launch.slurm.extra=["{option}"]'), "evaluate")
 
 
 @pytest.mark.parametrize(
@@ -82,7 +69,7 @@ def test_options_that_the_script_lives_by_are_refused(option: str) -> None:
 )
 def test_paths_that_no_script_can_hold_are_refused(run: str, words: str) -> None:
     with pytest.raises(LaunchError, match=words):
-        slurm.batch_script(Path(run), recipe(), "evaluate")
+        batch_script(Path(run), recipe(), "evaluate")
 
 
 @pytest.mark.skipif(shutil.which("sbatch") is None, reason="Slurm is not installed")
@@ -94,7 +81,7 @@ def test_the_real_sbatch_reads_back_what_was_written(tmp_path: Path) -> None:
     )
     run = Path('/data/it\'s "my" runs #1/100%/$(touch x) {0..3} ü;&|<>*?~/q')
     script = tmp_path / "s.sbatch"
-    script.write_text(slurm.batch_script(run, load_recipe("quickstart", FULL), "evaluate", workdir=run))
+    script.write_text(batch_script(run, load_recipe("quickstart", FULL), "evaluate", workdir=run))
     environment = {
         "PATH": os.environ["PATH"],
         "SLURM_CONF": str(tmp_path / "slurm.conf"),
@@ -144,7 +131,7 @@ echo $$ > {folder}/driver.pid
         program(folder, "scontrol", f'printf "%s " "$@" >> {folder}/requeued')
         self.path = folder / "s.sbatch"
         self.path.write_text(
-            slurm.batch_script(self.run, recipe(), "pretrain_coglm", python=str(python), workdir=folder)
+            batch_script(self.run, recipe(), "pretrain_coglm", python=str(python), workdir=folder)
         )
 
     def start(self, **variables: str) -> subprocess.Popen[str]:
@@ -373,7 +360,7 @@ def test_a_dry_run_shows_everything_and_touches_nothing(
     shown = recipe('launch.environment={"NCCL_IB_HCA": "mlx5", "HUB_TOKEN": "hunter2"}')
     assert slurm.submit(run, shown, ("train_vqvae", "evaluate"), dry_run=True) == []
     said = capsys.readouterr().out
-    assert slurm.batch_script(run.path, shown, "train_vqvae") in said
+    assert batch_script(run.path, shown, "train_vqvae") in said
     assert "sbatch --parsable --dependency=afterok:JOB_OF_train_vqvae" in said
     assert "srun --nodes=2 --ntasks=2" in said
     assert "cogview2.launch.agent --job" in said
@@ -385,7 +372,7 @@ def test_a_dry_run_shows_everything_and_touches_nothing(
 @pytest.mark.parametrize("option", ["--no-requ", "--sig=B:TERM@5", "--outp=/dev/null"])
 def test_beginnings_of_its_own_options_are_refused(option: str) -> None:
     with pytest.raises(ConfigError, match="sets that option itself"):
-        slurm.batch_script(Path("/r/q"), recipe(f'launch.slurm.extra=["{option}"]'), "evaluate")
+        batch_script(Path("/r/q"), recipe(f'launch.slurm.extra=["{option}"]'), "evaluate")
 
 
 def test_a_time_limit_that_leaves_no_time_is_refused() -> None:

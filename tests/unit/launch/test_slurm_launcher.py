@@ -2,13 +2,13 @@
 
 import functools
 import json
-import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fake_programs import program
 
 from cogview2.launch import launchers
 from cogview2.pipeline.config.loading import load_recipe
@@ -22,20 +22,6 @@ SLURM = ["launch.slurm.nodes=2", "launch.ranks_per_node=4", "launch.threads_per_
 @functools.cache
 def recipe(*overrides: str) -> Recipe:
     return load_recipe("quickstart", [*SLURM, *overrides])
-
-
-def program(folder: Path, name: str, text: str) -> None:
-    """Put an executable bash script on the fake PATH."""
-    (folder / name).write_text(f"#!/bin/bash\n{text}\n")
-    (folder / name).chmod(0o755)
-
-
-@pytest.fixture
-def binaries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    return folder
 
 
 @pytest.fixture
