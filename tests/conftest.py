@@ -1,5 +1,6 @@
 """Options and fixtures shared by all tests."""
 
+import signal
 from pathlib import Path
 
 import hypothesis
@@ -7,6 +8,9 @@ import pytest
 import tiny_runs
 
 from cogview2.pipeline.run_dir import RunDirectory
+
+# A shell starts jobs in the background with SIGINT ignored, and every process of a test would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A busy machine is slow, not wrong.
 hypothesis.settings.register_profile("cogview2", deadline=None)
