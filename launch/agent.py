@@ -170,7 +170,9 @@ class Agent:
         return min(failed, key=lambda outcome: outcome.time).code if failed else int(ExitCode.DONE)
 
     def _record(self, rank: int, reason: str, message: str, code: ExitCode = ExitCode.FAILED) -> None:
-        self.attempt.write_outcome(rank, reason, code, None, message)
+        beat = self.attempt.beat(rank)
+        step, where = (None, "") if beat is None else (beat.step, f"; it was in {beat.place}")
+        self.attempt.write_outcome(rank, reason, code, step, message + where)
 
 
 def earlier_ranks(spec: JobSpec, processes: Path = Path("/proc")) -> list[int]:
@@ -233,6 +235,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--job", type=Path, required=True, help="job.json of an attempt")
     parser.add_argument("--node-rank", required=True, help=f"0, 1, ... or {FROM_SLURM}")
     arguments = parser.parse_args(argv)
+    fsops.restrict_umask()
     try:
         spec = JobSpec.read(arguments.job)
         environment = dict(os.environ)

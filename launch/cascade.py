@@ -6,17 +6,19 @@ from dataclasses import dataclass, field
 
 from cogview2.launch.changes import RESTART_FLAG, accept_recipe, set_aside, withdraw
 from cogview2.launch.eta import cascade_eta, training_flops
-from cogview2.launch.failure import Losses, PeerStop, explain, was_interrupted
+from cogview2.launch.failure import Losses, PeerStop, explain, record_silent_ends, was_interrupted
+from cogview2.launch.interruptions import Interruptions
 from cogview2.launch.job import JobSpec
 from cogview2.launch.launchers import Launcher, LocalLauncher, fewer_hosts, job_spec
 from cogview2.launch.process import JobGroup
 from cogview2.launch.progress import ProgressLine, describe, duration, stage_label
+from cogview2.launch.requeue import nothing_gained, remember_start
 from cogview2.pipeline import fsops
 from cogview2.pipeline.attempt import Attempt
 from cogview2.pipeline.config.loading import stages_folder
 from cogview2.pipeline.config.stages import STAGES, Recipe
 from cogview2.pipeline.config.units import resolve_stage
-from cogview2.pipeline.errors import ConfigError, ExitCode, LaunchError
+from cogview2.pipeline.errors import CogView2Error, ConfigError, ExitCode, LaunchError
 from cogview2.pipeline.run_dir import REPEATABLE, RunDirectory, needed_stages, units
 
 _FRESH_SECONDS = 60.0
@@ -112,7 +114,7 @@ class Cascade:
         self.launcher = options.launcher
         self.built = built_stages()
         self._looked_at = float("-inf")
-        self._interrupted = False
+        self._interruptions = Interruptions()
 
     def execute(self) -> ExitCode:
         """Run or resume the selected stages; returns the exit code of `cogview2 run`.
@@ -120,6 +122,17 @@ class Cascade:
         Raises:
             CogView2Error: refused, before or between stages, in one sentence.
         """
+        with self._interruptions.heeded():
+            try:
+                return self._execute()
+            except CogView2Error as error:
+                if not self._interruptions.asked:
+                    raise
+                # Ctrl-C reaches what we start as well, which then fails: that is no refusal.
+                print(f"stopped ({error}); the same command goes on from there")
+                return ExitCode.REQUEUE
+
+    def _execute(self) -> ExitCode:
         self._resolve()  # contradictions are refused before anything is made, and before any host is asked
         with self.run.lock(f"cogview2, launcher {self.launcher.name}"):
             self._look_at_hosts()
@@ -130,12 +143,13 @@ class Cascade:
             selected = [stage for stage in self.options.stages if stage in self.built]
             begin = time.monotonic()
             for index, stage in enumerate(selected, start=1):
+                if self._interruptions.asked:
+                    where = f"after {selected[index - 2]}, which is done" if index > 1 else f"before {stage}"
+                    print(f"stopped {where}; the same command goes on from there")
+                    return ExitCode.REQUEUE
                 code = self._stage(stage, stage_label(index, len(selected), stage))
                 if code != ExitCode.DONE:
                     return code
-                if self._interrupted and index < len(selected):
-                    print(f"stopped after {stage}, which is done; the same command goes on from there")
-                    return ExitCode.REQUEUE
         print(f"done in {duration(time.monotonic() - begin)}: {self.run.path}")
         return ExitCode.DONE
 
@@ -192,7 +206,10 @@ class Cascade:
         with directory.lock("the launcher, looking for ranks that are still alive"):
             pass  # ranks that outlived a killed launcher hold this lock: refused here, naming their process
         self._look_at_hosts()
+        if said := nothing_gained(self.run, stage):
+            print(f"{label}  {said}", flush=True)
         attempt = directory.new_attempt()
+        remember_start(self.run, stage, attempt)
         spec = job_spec(self.launcher, self.recipe, self.run.path, stage, attempt.number)
         spec.write()
         if said := fewer_hosts(self.launcher, self.recipe, spec):
@@ -202,21 +219,24 @@ class Cascade:
         local = all(command.stop == "ranks" for command in commands)
         limit = None if local else spec.grace_seconds + _MARGIN_SECONDS
         job = JobGroup(commands, attempt, spec.grace_seconds, limit_seconds=limit)
-        losses, peers = Losses(spec, attempt, job), PeerStop(attempt, job)
+        losses, peers = Losses(spec, attempt, job), PeerStop(attempt, job, asks=not local)
         started = time.time()
         flops = training_flops(self.recipe, self.options.stages)
 
         def poll() -> None:
+            if self._interruptions.asked:  # just before the job took the signals over
+                job.interrupted = True
+                job.stop()
             losses.look()
-            if not local:  # there DeepSpeed's launcher ends the peers itself
-                peers.look()
+            peers.look()
             beat = directory.heartbeat()
             beat = beat if beat is not None and beat.time >= started else None
             line.update(beat, str(cascade_eta(beat, flops) or ""))
 
         line = ProgressLine(label)
         returncode = job.run(poll)
-        self._interrupted = job.interrupted
+        self._interruptions.asked |= job.interrupted
+        record_silent_ends(attempt, job, returncode)
         attempt.write_result(returncode, line.elapsed)
         if self._is_done(spec, attempt, patience=0.0 if local else _SHARED_SECONDS):
             beat = directory.heartbeat()

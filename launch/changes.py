@@ -4,14 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from cogview2.pipeline import fsops
-from cogview2.pipeline.config.base import Config
 from cogview2.pipeline.config.stages import STAGES, Recipe
 from cogview2.pipeline.errors import ConfigError
 from cogview2.pipeline.run_dir import (
     REPEATABLE,
     RunDirectory,
-    recipe_parts,
-    section,
+    settings,
     units,
     units_read_by,
 )
@@ -28,29 +26,15 @@ class Change:
     new: Any
 
 
-def _flat(value: Any, key: str) -> dict[str, Any]:
-    if isinstance(value, Config):
-        value = value.model_dump(mode="json")
-    if not isinstance(value, dict):
-        return {key: value}
-    flat: dict[str, Any] = {}
-    for name, inner in value.items():
-        flat |= _flat(inner, f"{key}.{name}")
-    return flat
-
-
 def changes(old: Recipe, new: Recipe, unit: str) -> list[Change]:
     """Return the values that differ among those that a unit (`finetune_superres/direct`) depends on."""
-    found: list[Change] = []
-    for key in (*recipe_parts(unit), "seed"):
-        before, after = _flat(section(old, key), key), _flat(section(new, key), key)
-        names = [*before, *(name for name in after if name not in before)]
-        found += [
-            Change(name, before.get(name), after.get(name))
-            for name in names
-            if before.get(name) != after.get(name)
-        ]
-    return found
+    before, after = settings(old, unit), settings(new, unit)
+    names = [*before, *(name for name in after if name not in before)]
+    return [
+        Change(name, before.get(name), after.get(name))
+        for name in names
+        if before.get(name) != after.get(name)
+    ]
 
 
 def touched(run: RunDirectory, unit: str) -> bool:

@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from cogview2.launch.hostfile import read_hostfile
 from cogview2.launch.plan import command as plan_command
 from cogview2.launch.status import find_models, find_run, log_file, table
 from cogview2.launch.submit import SUBMITTED, submit
+from cogview2.pipeline import fsops
 from cogview2.pipeline.command_line import Parser
 from cogview2.pipeline.config.loading import load_recipe, shipped_recipes, stages_folder
 from cogview2.pipeline.config.stages import Recipe
@@ -32,10 +34,11 @@ _CHILD_COMMANDS = {
     "rank": "order pictures by how well they fit a text",
     "web": "a page in the browser: draw, edit, describe",
     "weights": "import and export weights",
+    "checkpoint": "list, verify and compare checkpoints",
     "doctor": "show versions, devices and operators, and what they lack",
 }
 """Commands that need torch: a module of stages/commands/ each, started as a child process."""
-_WITHOUT_RUN = ("weights", "doctor")
+_WITHOUT_RUN = ("weights", "checkpoint", "doctor")
 """Those of them whose first argument is not a run or a weights folder."""
 
 
@@ -247,6 +250,7 @@ def _dispatch(argv: list[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code (errors.ExitCode)."""
+    before = fsops.restrict_umask()
     try:
         return int(_dispatch(list(sys.argv[1:] if argv is None else argv)))
     except CogView2Error as error:
@@ -256,6 +260,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(ExitCode.DONE)
     except KeyboardInterrupt:
         return int(ExitCode.REQUEUE)
+    finally:
+        os.umask(before)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 from cogview2.launch import process
 from cogview2.launch.job import Command, JobSpec
 from cogview2.launch.process import JobGroup
-from cogview2.pipeline.attempt import KILLED, STOPPED, Attempt, Outcome
+from cogview2.pipeline.attempt import HUNG, KILLED, STOPPED, Attempt, Outcome
 from cogview2.pipeline.errors import ExitCode
 
 AGENT_MODULE = "cogview2.launch.agent"
@@ -15,6 +15,8 @@ _CONNECTION_ENDED = 255
 """Exit code of ssh for everything that is not the remote command's own end."""
 _LOOK_SECONDS = 3.0
 """How often the records are read while a job runs."""
+_HUNG_SECONDS = 5.0
+"""Once a rank says that the job hangs, how long the others may take to say so too; what is stuck hears no signal."""
 
 
 class Losses:
@@ -57,28 +59,63 @@ class Losses:
 
 
 class PeerStop:
-    """Asks a running job to stop once one of its ranks has failed: its peers would wait for it as long as they may.
+    """Ends a running job once one of its ranks has failed: its peers would wait for it as long as they may.
 
-    One srun, mpirun or pdsh for all ranks minds nobody's peers on the other hosts.
+    They are asked to stop, because one srun, mpirun or pdsh for all ranks minds nobody's peers on the other hosts.
+    A job that hangs is killed: its ranks have said what they know, and a rank that is stuck heeds nothing.
+
+    Args:
+        attempt: whose records are read.
+        job: what runs.
+        asks: ask the peers of a failed rank to stop; False where DeepSpeed's launcher ends them itself.
     """
 
-    def __init__(self, attempt: Attempt, job: JobGroup) -> None:
+    def __init__(self, attempt: Attempt, job: JobGroup, *, asks: bool = True) -> None:
         self.attempt = attempt
         self.job = job
+        self.asks = asks
         self._next_look = 0.0
         self._failed_since: float | None = None
+        self._hung = False
 
     def look(self) -> None:
-        """Read the records now and then, and stop the job PEER_SECONDS after the first failure was seen."""
+        """Read the records now and then; stop the job PEER_SECONDS after the first failure was seen."""
         now = time.monotonic()
-        if self.job.stopping:
-            return
-        if self._failed_since is not None:
-            if now - self._failed_since >= process.PEER_SECONDS:
-                self.job.stop()
-        elif now >= self._next_look:
-            self._next_look = now + _LOOK_SECONDS
-            self._failed_since = now if self.attempt.first_failure() is not None else None
+        if self._failed_since is None:
+            if now >= self._next_look:
+                self._next_look = now + _LOOK_SECONDS
+                failure = self.attempt.first_failure()
+                self._failed_since = now if failure is not None else None
+                self._hung = failure is not None and failure.reason == HUNG
+        elif self._hung:
+            if now - self._failed_since >= _HUNG_SECONDS and not self.job.killed:
+                self.job.kill()
+        elif self.asks and not self.job.stopping and now - self._failed_since >= process.PEER_SECONDS:
+            self.job.stop()
+
+
+def record_silent_ends(attempt: Attempt, job: JobGroup, returncode: int) -> None:
+    """Write the outcomes of ranks that began here and left none: their heartbeats say where they were.
+
+    Once the job has ended; agents do so on their own hosts. Ranks that we killed ourselves need no explanation.
+    """
+    if not returncode or job.killed or job.interrupted or not _is_local(job):
+        return
+    for rank in attempt.pids():
+        if attempt.outcome(rank) is not None:
+            continue
+        beat = attempt.beat(rank)
+        stacks = attempt.stacks(rank)
+        if stacks.is_file() and stacks.stat().st_size:
+            text = f"it was stuck where not even its watchdog could run; what it was doing is in {stacks}"
+            reason, code = HUNG, ExitCode.HANG
+        else:
+            text = "it ended without a word, as a killed process does; perhaps the memory was used up: see the kernel's log"
+            reason, code = KILLED, ExitCode.FAILED
+        where, step = ("", None) if beat is None else (f", in {beat.place}", beat.step)
+        # Its last heartbeat is older than what its peers say about the connection that it left behind.
+        at = None if beat is None else beat.time
+        attempt.write_outcome(rank, reason, code, step, text + where, at)
 
 
 def was_interrupted(attempt: Attempt, job: JobGroup) -> bool:
@@ -145,6 +182,8 @@ def explain(
 
 
 def _first(failure: Outcome, spec: JobSpec, *, local: bool) -> str:
+    if failure.reason == HUNG:
+        return f"the job hung, noticed by rank {failure.rank}: {failure.message}"
     where = "" if local else f" on {spec.host_of(failure.rank)}"
     step = "" if failure.step is None else f" at step {failure.step}"
     return f"rank {failure.rank}{where} failed first{step}: {failure.reason}: {failure.message}"

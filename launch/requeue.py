@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cogview2.pipeline import fsops
+from cogview2.pipeline.attempt import Attempt
 from cogview2.pipeline.command_line import Parser
 from cogview2.pipeline.config.stages import STAGES
 from cogview2.pipeline.errors import CogView2Error, ExitCode
@@ -60,6 +61,29 @@ def is_ahead(now: dict[str, Any], before: dict[str, Any]) -> bool:
     """Return whether anything was gained between two values of `progress`."""
     steps = any(step > before["steps"].get(unit, -1) for unit, step in now["steps"].items())
     return steps or now["done"] > before["done"] or now["files"] > before["files"]
+
+
+def nothing_gained(run: RunDirectory, stage: str) -> str:
+    """Return one sentence when the last attempt of a stage kept nothing; else nothing.
+
+    Called before an attempt is made: a loop around `cogview2 run` that never gets anywhere must be seen.
+    """
+    last = run.stage(stage).latest_attempt()
+    if last is None:
+        return ""
+    now = progress(run, stage)
+    try:
+        ahead = is_ahead(now, json.loads(last.progress_path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""  # an attempt of an earlier version left no note
+    if ahead:
+        return ""
+    return f"attempt {last.number} saved nothing new (there is {_words(now)}); should that go on, read its logs: {last.path}"
+
+
+def remember_start(run: RunDirectory, stage: str, attempt: Attempt) -> None:
+    """Keep with an attempt what the stage had when it began; see `nothing_gained`."""
+    fsops.write_json(attempt.progress_path, progress(run, stage))
 
 
 def remember(run: RunDirectory, stage: str) -> None:

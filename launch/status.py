@@ -8,6 +8,7 @@ from pathlib import Path
 from cogview2.launch.cascade import built_stages
 from cogview2.launch.eta import cascade_eta, training_flops
 from cogview2.launch.progress import duration, meter_words, rate
+from cogview2.launch.ranks import rank_lines
 from cogview2.pipeline.config.stages import STAGES
 from cogview2.pipeline.errors import CogView2Error, RunDirectoryError
 from cogview2.pipeline.run_dir import RunDirectory, units
@@ -101,7 +102,7 @@ def speed(beat: Heartbeat | None) -> str:
 
 
 def table(run: RunDirectory) -> str:
-    """Return the stages of a run as aligned text."""
+    """Return the stages of a run as aligned text, and the ranks of the one that runs."""
     built, locked = built_stages(), run.is_locked()
     rows = [stage_status(run, stage, run_locked=locked, built=stage in built) for stage in STAGES]
     cells = [_COLUMNS, *[(r.stage, r.state, r.step, r.loss, r.speed, r.eta, r.wall) for r in rows]]
@@ -110,7 +111,9 @@ def table(run: RunDirectory) -> str:
         "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
         for line in cells
     ]
-    return "\n".join([f"run {run.path}", *lines, *_cascade_line(run, rows)])
+    running = [row.stage for row in rows if row.state == "running"]
+    ranks = rank_lines(run.stage(running[-1]).latest_attempt()) if running else []
+    return "\n".join([f"run {run.path}", *lines, *ranks, *_cascade_line(run, rows)])
 
 
 def _cascade_line(run: RunDirectory, rows: list[StageStatus]) -> list[str]:

@@ -21,6 +21,8 @@ PROBE_PREFIX = ".probe-"
 """Begins the name of the file by which hosts show that they see a run directory."""
 KILLED = "killed"
 """Reason in a record that a rank could not write itself."""
+HUNG = "hang"
+"""Reason in the records of ranks that left a job because it hung; their code is 76."""
 STOPPED = "stopped"
 """Reason in an agent's record of a rank that had not begun when its job was told to stop; its code is 75."""
 _NOTICE_SECONDS = 2.0
@@ -52,6 +54,33 @@ class Outcome:
     time: float
     host: str = ""
     """The machine's own name for itself."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What the watchdog of a running rank writes every second or two."""
+
+    rank: int
+    host: str
+    pid: int
+    phase: str
+    step: int | None
+    count: int
+    """Grows with every sign of progress."""
+    since: float
+    """When it last made progress, seconds since 1970 by the clock of its host."""
+    time: float
+    """When this was written, by the same clock."""
+
+    @property
+    def place(self) -> str:
+        """Where the rank is in its work, in words: `phase step of step 7`."""
+        return f"phase {self.phase}" + ("" if self.step is None else f" of step {self.step}")
+
+    @property
+    def name(self) -> str:
+        """Who it is, in words: `rank 1 (host node2, process 4711)`."""
+        return f"rank {self.rank} (host {self.host}, process {self.pid})"
 
 
 class Attempt:
@@ -110,9 +139,65 @@ class Attempt:
                 found[rank] = int((self.path / f"rank-{rank}.pid").read_text(encoding="utf-8"))
         return found
 
-    def write_outcome(self, rank: int, reason: str, code: int, step: int | None, message: str) -> None:
-        """Called by a rank last of all. `reason` is one word, `code` an ExitCode, `message` one sentence."""
-        outcome = Outcome(rank, reason, int(code), step, message, time.time(), socket.gethostname())
+    def write_beat(self, beat: Beat) -> None:
+        """Replace the heartbeat of a rank, beats/rank_K.json; raises OSError.
+
+        Not through fsops: it is worthless seconds later, and no fault point and no journal of a test counts it.
+        """
+        path = self._beats / f"rank_{beat.rank}.json"
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps(asdict(beat)), encoding="utf-8")
+        os.replace(temporary, path)
+
+    def beat(self, rank: int) -> Beat | None:
+        """Return the newest heartbeat of a rank, or None; an unreadable one counts as none."""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return Beat(**json.loads((self._beats / f"rank_{rank}.json").read_text(encoding="utf-8")))
+        return None
+
+    def beats(self) -> dict[int, Beat]:
+        """Return rank -> newest heartbeat of the ranks that ever wrote one."""
+        names = [path.stem.removeprefix("rank_") for path in self._beats.glob("rank_*.json")]
+        found = {int(name): self.beat(int(name)) for name in names if name.isdigit()}
+        return {rank: beat for rank, beat in sorted(found.items()) if beat is not None}
+
+    @property
+    def _beats(self) -> Path:
+        return self.path / "beats"
+
+    def prepare_beats(self) -> None:
+        """Make the folders of heartbeats and stacks; existing ones are fine."""
+        fsops.make_dirs(self._beats)
+        fsops.make_dirs(self.stacks(0).parent)
+
+    def stacks(self, rank: int) -> Path:
+        """Return where a rank of a job that hangs writes what its threads are doing; empty unless it did."""
+        return self.path / "stacks" / f"rank_{rank}.txt"
+
+    @property
+    def hang_path(self) -> Path:
+        """hang.json: what the first rank that noticed a hang says to the others."""
+        return self.path / "hang.json"
+
+    @property
+    def stop_path(self) -> Path:
+        """stop-requested: which signal asked which rank to stop; all ranks of the attempt heed it."""
+        return self.path / "stop-requested"
+
+    @property
+    def progress_path(self) -> Path:
+        """progress.json: what the stage had kept when this attempt began."""
+        return self.path / "progress.json"
+
+    def write_outcome(
+        self, rank: int, reason: str, code: int, step: int | None, message: str, at: float | None = None
+    ) -> None:
+        """Called by a rank last of all. `reason` is one word, `code` an ExitCode, `message` one sentence.
+
+        `at` is when it happened, seconds since 1970, for whoever writes it later in the rank's place.
+        """
+        when = time.time() if at is None else at
+        outcome = Outcome(rank, reason, int(code), step, message, when, socket.gethostname())
         fsops.write_json(self.path / f"outcome-rank-{rank}.json", asdict(outcome))
 
     def outcome(self, rank: int) -> Outcome | None:

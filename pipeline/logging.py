@@ -1,5 +1,6 @@
 """One logger setup for every process: one line format, with the rank, to a file and to stderr."""
 
+import contextlib
 import logging
 import sys
 import time
@@ -7,6 +8,23 @@ from pathlib import Path
 
 _NOISY = ("DeepSpeed", "deepspeed", "torch", "webdataset", "PIL", "matplotlib", "filelock", "asyncio")
 _OURS = "_cogview2_handler"
+
+
+class _LogFile(logging.FileHandler):
+    """A log that says once, on stderr, that it cannot be written, and no traceback for each line; work goes on."""
+
+    _said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        if not self._said:
+            self._said = True
+            line = f"cogview2: cannot write {self.baseFilename} ({error.strerror}); lines will be missing; free space\n"
+            with contextlib.suppress(OSError):  # stderr may lie on the same disk
+                sys.stderr.write(line)
 
 
 class _Formatter(logging.Formatter):
@@ -36,7 +54,7 @@ def setup(level: int | str = logging.INFO, rank: int = 0, file: Path | None = No
     console.setLevel(level if file is None else logging.WARNING)
     handlers: list[logging.Handler] = [console]
     if file is not None:
-        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+        handlers.append(_LogFile(file, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(_Formatter(rank))
         setattr(handler, _OURS, True)

@@ -8,11 +8,12 @@ from typing import Any
 
 from cogview2.pipeline import fsops
 from cogview2.pipeline.attempt import PROBE_PREFIX, redacted
-from cogview2.pipeline.config.base import Config, fingerprint
+from cogview2.pipeline.config.base import fingerprint, flat
 from cogview2.pipeline.config.loading import load_recipe, recipe_yaml
 from cogview2.pipeline.config.stages import STAGES, Recipe
+from cogview2.pipeline.config.training import identity
 from cogview2.pipeline.errors import CheckpointError, RunDirectoryError
-from cogview2.pipeline.locking import exclusive, is_held
+from cogview2.pipeline.locking import Held, exclusive, is_held
 from cogview2.pipeline.stage_dir import DoneRecord, StageDirectory
 from cogview2.pipeline.weights_manifest import KINDS, digests, is_weights_folder
 
@@ -143,6 +144,14 @@ def section(recipe: Recipe, dotted: str) -> Any:
     return value
 
 
+def settings(recipe: Recipe, unit: str) -> dict[str, Any]:
+    """Return the values of the recipe that a unit's result depends on, by dotted key."""
+    found: dict[str, Any] = {}
+    for dotted in (*recipe_parts(unit), "seed"):
+        found |= flat(identity(section(recipe, dotted)), dotted)
+    return found
+
+
 class RunDirectory:
     """runs/<name>/: everything that a run knows."""
 
@@ -181,7 +190,7 @@ class RunDirectory:
         """Make the directory and write the recipe; a directory that holds anything but a lock is refused."""
         fsops.make_dirs(self.path)
         ours = (
-            self.lock_path.name,
+            f"{self.lock_path.name}*",  # with the leases beside it
             f"{PROBE_PREFIX}*",
         )  # a look at the hosts that was killed leaves its token
         names = [entry.name for entry in self.path.iterdir()]
@@ -217,7 +226,7 @@ class RunDirectory:
         """Return the folder of a stage (`train_vqvae`) or of one part of it (`finetune_superres/direct`)."""
         return StageDirectory(self.path / "stages" / name, name)
 
-    def lock(self, purpose: str) -> contextlib.AbstractContextManager[None]:
+    def lock(self, purpose: str) -> contextlib.AbstractContextManager[Held]:
         """Hold the run while something changes it. Raises LockedError naming the holder."""
         fsops.make_dirs(self.path)
         return exclusive(self.lock_path, purpose)
@@ -261,9 +270,9 @@ class RunDirectory:
 
     def fingerprint(self, recipe: Recipe, unit: str) -> str:
         """Return the identity of a unit's result: its sections of the recipe, the seed, and its inputs."""
-        values = [section(recipe, dotted) for dotted in recipe_parts(unit)]
-        plain = [value.model_dump(mode="json") if isinstance(value, Config) else value for value in values]
-        sections = dict(zip(recipe_parts(unit), plain, strict=True))
-        return fingerprint(
-            {"unit": unit, "seed": recipe.seed, "sections": sections, "inputs": self.inputs(unit, recipe)}
-        )
+        return fingerprint({"unit": unit, **self.settings(recipe, unit)})
+
+    def settings(self, recipe: Recipe, unit: str) -> dict[str, Any]:
+        """Return everything that a unit's result depends on, by dotted key: values of the recipe, digests of inputs."""
+        inputs = {f"input {name}": digest for name, digest in self.inputs(unit, recipe).items()}
+        return settings(recipe, unit) | inputs

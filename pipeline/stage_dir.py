@@ -14,8 +14,8 @@ from typing import Any
 
 from cogview2.pipeline import fsops
 from cogview2.pipeline.attempt import Attempt
-from cogview2.pipeline.errors import RunDirectoryError
-from cogview2.pipeline.locking import exclusive, is_held
+from cogview2.pipeline.errors import DataError, RunDirectoryError
+from cogview2.pipeline.locking import Held, exclusive, is_held
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*(/[a-z][a-z0-9_]*)?")
 _RECORDED_PACKAGES = ("cogview2", "torch", "deepspeed", "numpy", "sentencepiece", "webdataset", "pydantic")
@@ -156,7 +156,7 @@ class StageDirectory:
         fsops.fsync_dir(path.parent)
         return Attempt(path)
 
-    def lock(self, purpose: str) -> contextlib.AbstractContextManager[None]:
+    def lock(self, purpose: str) -> contextlib.AbstractContextManager[Held]:
         """Hold the stage: rank 0 does, so that a rank that outlived its launcher is found (LockedError)."""
         fsops.make_dirs(self.path)
         return exclusive(self.lock_path, purpose)
@@ -219,16 +219,24 @@ class StageDirectory:
             ) from error
 
     def check_outputs(self, record: DoneRecord) -> None:
-        """Refuse outputs that are gone or have another size than when the stage was done."""
+        """Refuse outputs that are gone or have another size than when the stage was done; all of them are named.
+
+        Raises:
+            DataError: what the next stages read is not whole.
+        """
+        problems: list[str] = []
         for name, made in record.outputs.items():
             path = self.path / name
             size = path.stat().st_size if path.is_file() else None
             if size != made.size:
-                found = "is gone" if size is None else f"has {size} bytes"
-                raise RunDirectoryError(
-                    f"{path} {found}, but stage {self.name} made {made.size} bytes; "
-                    f"restore it, or delete {self.done_path} to run the stage again"
+                problems.append(
+                    f"{name} {'is gone' if size is None else f'has {size} bytes'} ({made.size} were made)"
                 )
+        if problems:
+            raise DataError(
+                f"{self.path} does not hold what stage {self.name} made: {'; '.join(problems)}; "
+                f"restore this, or delete {self.done_path} to run the stage again"
+            )
 
     def is_stale(self, fingerprint: str) -> bool:
         """Return whether the stage is done, but from another section, seed or input than `fingerprint`."""

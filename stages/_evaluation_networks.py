@@ -1,6 +1,7 @@
 """Which feature network an evaluation uses: Inception by path, the drawings' classifier, or a small random one."""
 
 import logging
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,11 +10,11 @@ from cogview2.pipeline import fsops
 from cogview2.pipeline.data.drawings import BACKGROUNDS, COLOURS, SHAPES
 from cogview2.pipeline.data.pixels import load_pixels
 from cogview2.pipeline.data.sources import Source
-from cogview2.pipeline.distributed.process import barrier
 from cogview2.pipeline.metrics.attribute_classifier import AttributeClassifier, train
 from cogview2.pipeline.metrics.feature_network import FeatureNetwork, build_feature_network
 from cogview2.pipeline.weights.files import load_weights, save_weights
 from cogview2.stages._runner import StageContext
+from cogview2.stages._stopping import heeding, look, meet
 
 logger = logging.getLogger(__name__)
 _PICTURES = 2000
@@ -45,29 +46,36 @@ def _classifier(context: StageContext, source: Source) -> AttributeClassifier:
         / f"classifier-{recipe.evaluate.classifier_steps}-{recipe.seed}.safetensors"
     )
     if context.world.is_first and not path.is_file():
-        context.stage.write_heartbeat(0, 1, message="training the attribute classifier")
-        indices = source.splits["train"][:_PICTURES]
-        images = torch.from_numpy(np.stack([load_pixels(source, index, recipe.data) for index in indices]))
-        objects = [source.read(index).metadata for index in indices]
-        labels = {
-            "colour": [list(COLOURS).index(found["objects"][0]["colour"]) for found in objects],
-            "shape": [SHAPES.index(found["objects"][0]["shape"]) for found in objects],
-            "background": [list(BACKGROUNDS).index(found["background"]) for found in objects],
-            "objects": [len(found["objects"]) - 1 for found in objects],
-        }
-        classifier = train(
-            images,
-            {name: torch.tensor(values) for name, values in labels.items()},
-            steps=recipe.evaluate.classifier_steps,
-            batch=_BATCH,
-            seed=recipe.seed,
-            classes=_CLASSES,
-            device=context.world.device,
-        )
-        fsops.make_dirs(path.parent)
-        save_weights(path, dict(classifier.network.state_dict()), {"seed": str(recipe.seed)})
-    barrier()
+        with heeding(context.stop):
+            _train(context, source, path)
+    meet(context.stop, "while training the attribute classifier; the same command starts it again")
     classifier = AttributeClassifier(_CLASSES, recipe.seed, device=context.world.device)
     classifier.network.load_state_dict(load_weights(path))
     classifier.network.eval()
     return classifier
+
+
+def _train(context: StageContext, source: Source, path: Path) -> None:
+    recipe = context.recipe
+    context.stage.write_heartbeat(0, 1, message="training the attribute classifier")
+    indices = source.splits["train"][:_PICTURES]
+    images = torch.from_numpy(np.stack([load_pixels(source, index, recipe.data) for index in indices]))
+    objects = [source.read(index).metadata for index in indices]
+    labels = {
+        "colour": [list(COLOURS).index(found["objects"][0]["colour"]) for found in objects],
+        "shape": [SHAPES.index(found["objects"][0]["shape"]) for found in objects],
+        "background": [list(BACKGROUNDS).index(found["background"]) for found in objects],
+        "objects": [len(found["objects"]) - 1 for found in objects],
+    }
+    classifier = train(
+        images,
+        {name: torch.tensor(values) for name, values in labels.items()},
+        steps=recipe.evaluate.classifier_steps,
+        batch=_BATCH,
+        seed=recipe.seed,
+        classes=_CLASSES,
+        device=context.world.device,
+        each_step=lambda: look(context.stop),
+    )
+    fsops.make_dirs(path.parent)
+    save_weights(path, dict(classifier.network.state_dict()), {"seed": str(recipe.seed)})

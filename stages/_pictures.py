@@ -11,11 +11,14 @@ from torch import nn
 from cogview2.pipeline import fsops
 from cogview2.pipeline.config.stages import Recipe
 from cogview2.pipeline.data.shard_index import ShardIndex
+from cogview2.pipeline.distributed import watchdog
 from cogview2.pipeline.distributed.process import barrier
 from cogview2.pipeline.run_dir import RunDirectory, StageDirectory
 from cogview2.pipeline.sampling.text_to_image import TextToImage
 from cogview2.pipeline.training.metrics import MetricsWriter
+from cogview2.pipeline.training.preemption import StopFlag
 from cogview2.pipeline.training.trainer import SampleCallback
+from cogview2.stages._stopping import heeding
 
 _GAP = 2
 
@@ -64,7 +67,12 @@ def fixed_prompts(run: RunDirectory, recipe: Recipe) -> list[str]:
 
 
 def draw_prompts(
-    stage: StageDirectory, cascade: TextToImage, prompts: list[str], seed: int, training: nn.Module | None
+    stage: StageDirectory,
+    cascade: TextToImage,
+    prompts: list[str],
+    seed: int,
+    training: nn.Module | None,
+    stop: StopFlag,
 ) -> SampleCallback:
     """Return a callback that draws `prompts` on rank 0, into samples/ and TensorBoard.
 
@@ -74,21 +82,29 @@ def draw_prompts(
         prompts: one picture each.
         seed: the same noise every time, so that the pictures differ by training alone.
         training: the model in training, set to eval meanwhile.
+        stop: once it is set, nothing is drawn, and what is being drawn is given up.
     """
+
+    def paint(step: int, writer: MetricsWriter | None) -> None:
+        picture = grid([to_uint8(cascade.draw(prompts, seed).pixels("final"))], side=96)
+        save_png(stage.samples / f"prompts_step_{step:09d}.png", picture)
+        fsops.write_text(stage.samples / "prompts.txt", "".join(f"{prompt}\n" for prompt in prompts))
+        if writer is not None:
+            writer.image(step, "fixed prompts", picture)
+            writer.text(step, "fixed prompts", " | ".join(prompts))
 
     def draw(step: int, writer: MetricsWriter | None) -> None:
         if writer is not None or training is None:
             if training is not None:
                 training.eval()
-            picture = grid([to_uint8(cascade.draw(prompts, seed).pixels("final"))], side=96)
-            if training is not None:
-                training.train()
-            save_png(stage.samples / f"prompts_step_{step:09d}.png", picture)
-            fsops.write_text(stage.samples / "prompts.txt", "".join(f"{prompt}\n" for prompt in prompts))
-            if writer is not None:
-                writer.image(step, "fixed prompts", picture)
-                writer.text(step, "fixed prompts", " | ".join(prompts))
+            try:
+                with heeding(stop, cascade.coglm, cascade.direct, cascade.iterative):
+                    paint(step, writer)
+            finally:
+                if training is not None:
+                    training.train()
         if training is not None:
+            watchdog.enter(watchdog.WAIT, step)
             barrier()  # the others wait here rather than in the middle of a collective of the next step
 
     return draw

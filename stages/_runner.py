@@ -9,9 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cogview2.pipeline import fsops
 from cogview2.pipeline import logging as our_logging
 from cogview2.pipeline.attempt import Attempt, noted_step
 from cogview2.pipeline.config.stages import Recipe
+from cogview2.pipeline.distributed import watchdog
 from cogview2.pipeline.distributed.process import (
     World,
     claimed_rank,
@@ -21,8 +23,10 @@ from cogview2.pipeline.distributed.process import (
 )
 from cogview2.pipeline.distributed.seeding import seed_everything
 from cogview2.pipeline.errors import CogView2Error, ExitCode, LaunchError, Preempted
+from cogview2.pipeline.locking import Held
 from cogview2.pipeline.run_dir import RunDirectory, StageDirectory
 from cogview2.pipeline.training.preemption import StopFlag
+from cogview2.stages._stopping import meet
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +40,17 @@ class StageContext:
     stage: StageDirectory
     world: World
     stop: StopFlag
+    lock: Held | None = None
+    """The stage's lock, on rank 0: checked before what must be written once only."""
 
     def finish(self, unit: StageDirectory, extra: dict[str, object] | None = None) -> None:
-        """Write the DONE record of the stage or of a part of it; rank 0 only, last of all."""
+        """Write the DONE record of the stage or of a part of it; rank 0 only, last of all.
+
+        Raises:
+            LockedError: another job took the stage over meanwhile.
+        """
+        if self.lock is not None:
+            self.lock.check()
         unit.write_done(
             self.run.inputs(unit.name, self.recipe),
             unit.output_files(),
@@ -67,16 +79,18 @@ def run_stage(name: str, job: Job, *, collective: bool = True) -> None:
         "--local_rank", type=int, default=0, help="accepted from launchers; the environment counts"
     )
     arguments = parser.parse_args()
-    stop = StopFlag().install()
+    fsops.restrict_umask()
+    stop = StopFlag().install()  # before the process id is written: from then on signals come
     run = RunDirectory(arguments.run_dir)
     stage = run.stage(name).create()
     attempt = stage.attempt(arguments.attempt)
     world = _who_am_i(run, attempt)
     attempt.write_pid(world.rank)
     our_logging.setup(logging.INFO, world.rank, attempt.rank_log(world.rank))
+    stop.share(attempt.stop_path, world.rank)
     code = ExitCode.FAILED
     try:
-        code = _guarded(attempt, world, lambda: _work(run, stage, world, stop, job, collective))
+        code = _guarded(attempt, world, lambda: _work(run, stage, attempt, world, stop, job, collective))
     except BaseException:  # even the outcome could not be written, for example to a full disk
         logger.exception("could not write the outcome of rank %d", world.rank)
     finally:
@@ -98,18 +112,25 @@ def _who_am_i(run: RunDirectory, attempt: Attempt) -> World:
 
 
 def _work(
-    run: RunDirectory, stage: StageDirectory, world: World, stop: StopFlag, job: Job, collective: bool
+    run: RunDirectory,
+    stage: StageDirectory,
+    attempt: Attempt,
+    world: World,
+    stop: StopFlag,
+    job: Job,
+    collective: bool,
 ) -> None:
     recipe = run.load_recipe()
-    context = StageContext(run, recipe, stage, world, stop)
+    watchdog.start(attempt, world.rank, world.size, recipe.launch.watchdog)
     seed_everything(recipe.seed, world.rank)
     with contextlib.ExitStack() as stack:
-        if world.is_first:
-            stack.enter_context(stage.lock(f"stage {stage.name}"))
+        lock = stack.enter_context(stage.lock(f"stage {stage.name}")) if world.is_first else None
         if collective:
-            stack.enter_context(process_group(world))
+            # Collectives must not give up before the watchdog, which can say whom they wait for.
+            stack.enter_context(process_group(world, 2 * recipe.launch.watchdog.longest))
             our_logging.quiet_libraries()
-        job(context)
+            meet(stop, "before it began; the same command starts it again")
+        job(StageContext(run, recipe, stage, world, stop, lock))
 
 
 def _guarded(attempt: Attempt, world: World, work: Callable[[], None]) -> ExitCode:
@@ -126,7 +147,8 @@ def _guarded(attempt: Attempt, world: World, work: Callable[[], None]) -> ExitCo
         return error.exit_code
     except BaseException as error:  # the outcome must be written for every kind of end
         logger.exception("unexpected error")
-        text = f"{type(error).__name__}: {error}"
+        watchdog.heed_hang()
+        text = f"{type(error).__name__}: {error}{watchdog.gone()}"
         attempt.write_outcome(world.rank, type(error).__name__, ExitCode.FAILED, noted_step(), text)
         return ExitCode.FAILED
     attempt.write_outcome(world.rank, "done", ExitCode.DONE, noted_step(), "")

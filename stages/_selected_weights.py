@@ -7,7 +7,7 @@ from cogview2.pipeline import fsops
 from cogview2.pipeline.distributed.process import barrier
 from cogview2.pipeline.errors import CheckpointError, ConfigError
 from cogview2.pipeline.run_dir import MODEL_FILES, split_step
-from cogview2.pipeline.training.extract import coglm_state
+from cogview2.pipeline.training.extract import trained_weights
 from cogview2.pipeline.weights.files import WEIGHTS, save_weights
 from cogview2.pipeline.weights_manifest import KINDS, digests
 from cogview2.stages._loading import Models, RunModels, open_models
@@ -62,7 +62,7 @@ def select_weights(context: StageContext) -> Selected:
         if not folder.is_dir():
             have = ", ".join(sorted(p.name for p in folder.parent.glob("step_*"))) or "none"
             raise CheckpointError(f"{run.path} has no checkpoint of step {step}; it has {have}")
-        save_weights(exported, coglm_state(folder, models.recipe.coglm.model), {"kind": "coglm"})
+        save_weights(exported, trained_weights(folder), {"kind": "coglm"})
     barrier()
     found[f"pretrain_coglm/{WEIGHTS}"] = fsops.sha256_file(exported)
     return Selected(str(wanted), models, exported, found)

@@ -4,8 +4,9 @@ import hashlib
 import json
 import logging
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from cogview2.pipeline.data.oracle import check, read_picture
 from cogview2.pipeline.data.pixels import downsample
 from cogview2.pipeline.data.records import TokenPair
 from cogview2.pipeline.data.sources import Source, open_source
+from cogview2.pipeline.distributed import watchdog
 from cogview2.pipeline.distributed.process import barrier, broadcast_object
 from cogview2.pipeline.errors import ConfigError, DataError, Preempted
 from cogview2.pipeline.metrics.feature_network import FeatureNetwork
@@ -28,11 +30,14 @@ from cogview2.stages import _evaluation_work as work
 from cogview2.stages._evaluation_networks import choose_network
 from cogview2.stages._evaluation_showcase import showcase
 from cogview2.stages._evaluation_skills import Skills
+from cogview2.stages._evaluation_summary import summary
 from cogview2.stages._loading import load_text_to_image
 from cogview2.stages._pictures import grid, save_png
 from cogview2.stages._runner import StageContext, run_stage
 from cogview2.stages._selected_weights import Selected, select_weights
+from cogview2.stages._stopping import heeding, look, meet
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 FORMAT = 3
 """Of the record and of what is measured; part of the digest."""
@@ -81,63 +86,61 @@ class Evaluation:
         self.skills = Skills(self.recipe, pairs["held_out"], cascade, source, work.Store(folder / "skills"))
         self._started = time.monotonic()
 
-    def _mine(self, count: int) -> range:
-        return range(self.context.world.rank, count, self.context.world.size)
+    def _share(self, jobs: Sequence[T], message: str, do: Callable[[T], None]) -> None:
+        """Do this rank's share of `jobs`, then wait for all; all leave together soon after a stop. Collective."""
+        context = self.context
+        with heeding(context.stop, self.cascade.coglm, self.cascade.direct, self.cascade.iterative):
+            for k in range(context.world.rank, len(jobs), context.world.size):
+                look(context.stop)
+                if context.world.is_first:
+                    self._beat(k, len(jobs), message)
+                do(jobs[k])
+        meet(context.stop, f"while {message}; the same command goes on from there")
 
-    def _pause(self, done: int, total: int, message: str) -> None:
-        """Beat, and stop where nothing is lost."""
-        if self.context.stop.is_set:
-            raise Preempted(
-                f"stopped by {self.context.stop.reason} while {message}; the same command goes on from there"
-            )
-        if self.context.world.is_first:
-            rate = done / max(time.monotonic() - self._started, 1e-9)
-            left = (total - done) / rate if done else None
-            self.context.stage.write_heartbeat(
-                done, total, throughput=rate, unit="units/s", eta_seconds=left, message=message
-            )
+    def _beat(self, done: int, total: int, message: str) -> None:
+        rate = done / max(time.monotonic() - self._started, 1e-9)
+        left = (total - done) / rate if done else None
+        self.context.stage.write_heartbeat(
+            done, total, throughput=rate, unit="units/s", eta_seconds=left, message=message
+        )
 
     def draw(self) -> None:
         """Draw this rank's units that are not drawn yet."""
         splits = list(self.pairs)
-        for k in self._mine(len(self.units)):
-            unit = self.units[k]
-            self._pause(k, len(self.units), "drawing")
+
+        def do(unit: work.Unit) -> None:
             if not self.pictures.has(unit.name):
                 number = work.number_of(unit, splits.index(unit.split), self.languages)
                 arrays = work.draw_unit(unit, self.pairs[unit.split], number, self.cascade, self.recipe.seed)
                 self.pictures.write(unit.name, arrays)
-        barrier()
+
+        self._share(self.units, "drawing", do)
 
     def exercise(self) -> None:
         """Describe, rank and edit: this rank's units that are not done yet."""
-        units = self.skills.units
-        for k in self._mine(len(units)):
-            self._pause(k, len(units), "describing, ranking, editing")
-            self.skills.do(units[k])
-        barrier()
+        self._share(self.skills.units, "describing, ranking, editing", self.skills.do)
 
     def extract(self) -> None:
         """Extract the features of drawn and of original held-out pictures."""
-        radii = self.recipe.evaluate.blur_radii
         drawn = [unit for unit in self.units if unit.split == "held_out"]
-        real = range(0, len(self.pairs.get("held_out", [])), self.recipe.evaluate.chunk)
+        chunk, held_out = self.recipe.evaluate.chunk, self.pairs.get("held_out", [])
+        real = range(0, len(held_out), chunk)
         jobs: list[tuple[str, Any]] = [(unit.name, unit) for unit in drawn] + [
             (f"real-{start:06d}", start) for start in real
         ]
-        for k in self._mine(len(jobs)):
-            name, what = jobs[k]
-            self._pause(k, len(jobs), "extracting features")
+
+        def do(job: tuple[str, Any]) -> None:
+            name, what = job
             if self.features.has(name):
-                continue
+                return
             if isinstance(what, work.Unit):
                 images = self.pictures.read(name).get("final")
             else:
-                images = work.originals_of(
-                    self.source, self.recipe, self.pairs["held_out"][what : what + self.recipe.evaluate.chunk]
-                )
+                images = work.originals_of(self.source, self.recipe, held_out[what : what + chunk])
+            radii = self.recipe.evaluate.blur_radii
             self.features.write(name, {} if images is None else work.features_of(images, self.network, radii))
-        barrier()
+
+        self._share(jobs, "extracting features", do)
         self._drawn_names, self._real_names = [u.name for u in drawn], [f"real-{start:06d}" for start in real]
 
     def _statistics(self, names: list[str], radius: int) -> FeatureStatistics:
@@ -291,42 +294,23 @@ def _record(evaluation: Evaluation, digest: str, selected: Selected) -> dict[str
     return dict(work.to_json(record))
 
 
-def _summary(record: dict[str, Any]) -> list[str]:
-    """Return the lines that `cogview2 run` prints last."""
-    fid = record["fid"].get("fid_0")
-    papers = "" if record["fid"]["comparable_to_papers"] else ", not comparable to papers"
-    lines = [] if fid is None else [f"FID-0 {fid:.4g} ({record['fid']['network'].partition(',')[0]}{papers})"]
-    for language, shares in record.get("caption_accuracy", {}).items():
-        if language == next(iter(record["caption_accuracy"])):
-            rebuilt = record["reconstruction"]
-            lines.append(
-                f"oracle on original drawings {record['oracle_on_originals']:.1%}, on their reconstructions "
-                f"base {rebuilt['base']['caption_accuracy']:.1%}, final {rebuilt['full']['caption_accuracy']:.1%}"
-            )
-        words = ", ".join(
-            f"{name} {value:.1%}" for name, value in shares.items() if name != "final" and value is not None
-        )
-        lines.append(f"caption accuracy {language}: {words}")
-    for language, found in record.get("captioning", {}).items():
-        if "objects_named" in found:
-            lines.append(
-                f"captions of held-out pictures {language}: {found['objects_named']:.1%} name every object"
-            )
-    for language, found in record.get("ranking", {}).items():
-        if "obeyed_best_ranked" in found:
-            lines.append(
-                f"ranking {language}: of {found['candidates']} base pictures a caption {found['obeyed_on_average']:.1%} "
-                f"obey, of the best ranked {found['obeyed_best_ranked']:.1%}"
-            )
-    for language, found in record.get("editing", {}).items():
-        lines.append(f"replacing one object {language}: {found['obeyed']:.1%} obey the new caption")
-    table = record.get("caption_accuracy", {})
-    if table:
-        lines.append(
-            "caption accuracy on final pictures: "
-            + ", ".join(f"{lang} {shares['final']:.1%}" for lang, shares in table.items())
-        )
-    return lines
+def _conclude(
+    evaluation: Evaluation, digest: str, selected: Selected, folder: Path, result_path: Path
+) -> None:
+    """Write the result and its pictures, once all units are done; rank 0 only."""
+    context = evaluation.context
+    picture, shown = showcase(
+        context, evaluation.pairs["held_out"], evaluation.first_drawn(), evaluation.cascade, evaluation.source
+    )
+    record = _record(evaluation, digest, selected) | {"picture": shown}
+    if picture is not None:
+        save_png(folder / "samples.png", picture)
+    edited = evaluation.skills.edited()
+    if edited is not None:
+        pairs_BHWC, texts = edited
+        save_png(folder / "edits.png", grid([pairs_BHWC[:, 0], pairs_BHWC[:, 1]]))
+        record["edited_picture"] = {"rows": ["before", "after"], "texts": texts}
+    fsops.write_json(result_path, record)
 
 
 def job(context: StageContext) -> None:
@@ -362,26 +346,20 @@ def job(context: StageContext) -> None:
             evaluation.exercise()
             evaluation.extract()
             if world.is_first:
-                picture, shown = showcase(
-                    context, pairs["held_out"], evaluation.first_drawn(), cascade, source
-                )
-                record = _record(evaluation, digest, selected) | {"picture": shown}
-                if picture is not None:
-                    save_png(folder / "samples.png", picture)
-                edited = evaluation.skills.edited()
-                if edited is not None:
-                    pairs_BHWC, texts = edited
-                    save_png(folder / "edits.png", grid([pairs_BHWC[:, 0], pairs_BHWC[:, 1]]))
-                    record["edited_picture"] = {"rows": ["before", "after"], "texts": texts}
-                fsops.write_json(result_path, record)
-    if world.is_first:
+                with heeding(context.stop, cascade.coglm, cascade.direct, cascade.iterative):
+                    _conclude(evaluation, digest, selected, folder, result_path)
+    if world.is_first and result_path.is_file():
         record = json.loads(result_path.read_text(encoding="utf-8"))
         fsops.write_json(stage.output / "evaluation.json", record)
         for name in ("samples.png", "edits.png"):
             if (folder / name).is_file():
                 fsops.write_bytes(stage.output / name, (folder / name).read_bytes())
-        context.finish(stage, {"digest": digest, "summary": _summary(record)})
-    barrier()
+        context.finish(stage, {"digest": digest, "summary": summary(record)})
+    watchdog.enter(watchdog.WAIT)
+    if not broadcast_object(stage.done() is not None if world.is_first else None):
+        raise Preempted(
+            f"stopped by {context.stop.reason} while measuring; the same command goes on from there"
+        )
 
 
 if __name__ == "__main__":

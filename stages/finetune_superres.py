@@ -15,6 +15,7 @@ from cogview2.pipeline.training.engine import PlainEngine, export_weights
 from cogview2.pipeline.training.train_modules.sr import DirectSRTrainModule, IterativeSRTrainModule
 from cogview2.pipeline.training.trainer import Trainer
 from cogview2.pipeline.weights.files import WEIGHTS, load_into, load_weights
+from cogview2.stages._checkpoints import checkpointer
 from cogview2.stages._loading import build_direct, build_iterative, load_vocabulary, open_models
 from cogview2.stages._runner import StageContext, run_stage
 from cogview2.stages._work import work_of
@@ -79,7 +80,7 @@ def _train_part(
         batches=batches,
         train=train,
         stage=unit,
-        fingerprint=run.fingerprint(recipe, unit.name),
+        checkpointer=checkpointer(context, unit, train, deepspeed),
         world=world,
         stop=context.stop,
         work=work_of(context, unit.name),

@@ -15,6 +15,7 @@ from cogview2.pipeline.training.engine import PlainEngine, TrainingEngine, expor
 from cogview2.pipeline.training.train_modules.coglm import coglm_engine
 from cogview2.pipeline.training.trainer import StepBatches, Trainer
 from cogview2.pipeline.weights.files import WEIGHTS
+from cogview2.stages._checkpoints import checkpointer
 from cogview2.stages._loading import load_text_to_image, load_vocabulary, open_models
 from cogview2.stages._pictures import draw_prompts, fixed_prompts
 from cogview2.stages._runner import StageContext, run_stage
@@ -23,10 +24,9 @@ from cogview2.stages._work import work_of
 logger = logging.getLogger(__name__)
 
 
-def _engine(context: StageContext, vocabulary: Vocabulary) -> TrainingEngine:
+def _engine(context: StageContext, vocabulary: Vocabulary, deepspeed: dict[str, Any]) -> TrainingEngine:
     recipe, world = context.recipe, context.world
     train, start = recipe.coglm.train, recipe.coglm.init_from
-    deepspeed = resolve(train.deepspeed, train, world.size, cpu=world.device.type == "cpu")
     seed_everything(recipe.seed, world.rank + 1)
     return coglm_engine(
         recipe.coglm.model,
@@ -71,20 +71,21 @@ def job(context: StageContext) -> None:
     recipe, stage, world = context.recipe, context.stage, context.world
     train = recipe.coglm.train
     vocabulary = load_vocabulary(context.run)
-    engine = _engine(context, vocabulary)
+    deepspeed = resolve(train.deepspeed, train, world.size, cpu=world.device.type == "cpu")
+    engine = _engine(context, vocabulary, deepspeed)
     on_sample = None
     if isinstance(engine, PlainEngine) and engine.engine.zero_optimization_stage() < 3:
         model = engine.module.model
         assert isinstance(model, CogLM)
         prompts = fixed_prompts(context.run, recipe)
         cascade = load_text_to_image(context.run, device=world.device, coglm=model, superres=False)
-        on_sample = draw_prompts(stage, cascade, prompts, recipe.seed, model)
+        on_sample = draw_prompts(stage, cascade, prompts, recipe.seed, model, context.stop)
     result = Trainer(
         engine=engine,
         batches=_batches(context, vocabulary, engine),
         train=train,
         stage=stage,
-        fingerprint=context.run.fingerprint(recipe, stage.name),
+        checkpointer=checkpointer(context, stage, train, deepspeed),
         world=world,
         stop=context.stop,
         on_sample=on_sample,
@@ -100,9 +101,8 @@ def job(context: StageContext) -> None:
             cascade = load_text_to_image(
                 context.run, device=world.device, coglm_weights=stage.output / WEIGHTS, superres=False
             )
-            draw_prompts(stage, cascade, fixed_prompts(context.run, recipe), recipe.seed, None)(
-                result.step, None
-            )
+            prompts = fixed_prompts(context.run, recipe)
+            draw_prompts(stage, cascade, prompts, recipe.seed, None, context.stop)(result.step, None)
         context.finish(stage, {"loss": result.loss})
 
 

@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,18 @@ import numpy as np
 import torch
 
 from cogview2.pipeline import fsops
+from cogview2.pipeline.data.records import TokenPair
 from cogview2.pipeline.data.shard_index import write_manifest
 from cogview2.pipeline.data.shard_writer import ShardEntry, index_name, write_text_shard
 from cogview2.pipeline.data.sources import Source, open_source
 from cogview2.pipeline.data.text_corpus import TextRows, check_readable
 from cogview2.pipeline.data.tokenize import PairTokenizer, Refused, shard_ranges, write_range
-from cogview2.pipeline.distributed.process import barrier, gather_objects
-from cogview2.pipeline.errors import DataError, Preempted
+from cogview2.pipeline.distributed import watchdog
+from cogview2.pipeline.errors import DataError
+from cogview2.pipeline.training.preemption import StopFlag
 from cogview2.stages._loading import load_image_tokenizer, load_text_tokenizer
 from cogview2.stages._runner import StageContext, run_stage
+from cogview2.stages._stopping import heeding, look, meet
 
 logger = logging.getLogger(__name__)
 
@@ -40,28 +44,51 @@ def _finished(path: Path, folder: Path, identity: str) -> dict[str, Any] | None:
     return record if whole else None
 
 
-def _check_stop(context: StageContext) -> None:
-    if context.stop.is_set:
-        raise Preempted(
-            f"stopped by {context.stop.reason} between two shards; the same command goes on with the next"
-        )
+class _Mindful(PairTokenizer):
+    """Heeds a stop at every pair: a shard of thousands takes longer than a stop may."""
+
+    def __init__(self, stop: StopFlag, *what: Any) -> None:
+        super().__init__(*what)
+        self.stop = stop
+
+    def tokenize(self, source: Source, indices: list[int], refused: Refused) -> Iterator[TokenPair]:
+        for pair in super().tokenize(source, indices, refused):
+            look(self.stop)
+            yield pair
 
 
 def _write_split(
     context: StageContext, split: str, source: Source, tokenizer: PairTokenizer, identity: str
 ) -> None:
-    """Write this rank's shards of one split, then the manifest."""
+    """Write this rank's shards of one split, then the manifest; collective."""
     stage, recipe = context.stage, context.recipe
     folder, records = stage.output / split, stage.path / "progress" / split
     if context.world.is_first:
         fsops.make_dirs(folder)
         fsops.make_dirs(records)
-    barrier()
-    indices = source.splits[split]
-    ranges = shard_ranges(len(indices), recipe.shards.samples_per_shard)
+    words = "while writing shards; the same command goes on with those that are not finished"
+    meet(context.stop, words)
+    ranges = shard_ranges(len(source.splits[split]), recipe.shards.samples_per_shard)
+    with heeding(context.stop):
+        _write_shards(context, split, source, tokenizer, identity, ranges)
+    meet(context.stop, words)
+    if context.world.is_first:
+        _conclude(context, split, source, identity, len(ranges))
+
+
+def _write_shards(
+    context: StageContext,
+    split: str,
+    source: Source,
+    tokenizer: PairTokenizer,
+    identity: str,
+    ranges: list[range],
+) -> None:
+    stage, indices = context.stage, source.splits[split]
+    folder, records = stage.output / split, stage.path / "progress" / split
     started = time.monotonic()
     for number in range(context.world.rank, len(ranges), context.world.size):
-        _check_stop(context)
+        look(context.stop)
         path = records / f"{number:06d}.json"
         if _finished(path, folder, identity) is None:
             refused: list[Refused] = []
@@ -77,28 +104,32 @@ def _write_split(
             stage.write_heartbeat(
                 written, len(indices), throughput=rate, unit="pictures/s", eta_seconds=left, message=split
             )
-    barrier()
-    if context.world.is_first:
-        found = [_finished(records / f"{number:06d}.json", folder, identity) for number in range(len(ranges))]
-        lost = [number for number, record in enumerate(found) if record is None]
-        if lost:
-            raise DataError(
-                f"shards {lost[:5]} of {split} vanished while being written; start the stage again"
-            )
-        done = [record for record in found if record is not None]
-        entries = [ShardEntry(**record["entry"]) for record in done]
-        fingerprint = write_manifest(
-            folder,
-            entries,
-            {"split": split, "source": source.description, "source_sha256": source.fingerprint},
-        )
-        logger.info(
-            "%s: %d samples in %d shards, fingerprint %s",
-            split,
-            sum(e.samples for e in entries),
-            len(entries),
-            fingerprint,
-        )
+
+
+def _conclude(context: StageContext, split: str, source: Source, identity: str, count: int) -> None:
+    """Write the manifest of a split whose shards are all there."""
+    folder, records = context.stage.output / split, context.stage.path / "progress" / split
+    found = []
+    for number in range(count):
+        watchdog.progress()  # it reads every shard once more
+        found.append(_finished(records / f"{number:06d}.json", folder, identity))
+    lost = [number for number, record in enumerate(found) if record is None]
+    if lost:
+        raise DataError(f"shards {lost[:5]} of {split} vanished while being written; start the stage again")
+    done = [record for record in found if record is not None]
+    entries = [ShardEntry(**record["entry"]) for record in done]
+    fingerprint = write_manifest(
+        folder,
+        entries,
+        {"split": split, "source": source.description, "source_sha256": source.fingerprint},
+    )
+    logger.info(
+        "%s: %d samples in %d shards, fingerprint %s",
+        split,
+        sum(e.samples for e in entries),
+        len(entries),
+        fingerprint,
+    )
 
 
 def _write_text(context: StageContext, text: Any) -> None:
@@ -121,7 +152,7 @@ def _write_text(context: StageContext, text: Any) -> None:
             chunk.clear()
 
     for number, row in enumerate(rows):
-        _check_stop(context)
+        look(context.stop)
         chunk.append((f"{number:09d}", row))
         if len(chunk) == recipe.shards.samples_per_shard:
             flush()
@@ -150,13 +181,14 @@ def job(context: StageContext) -> None:
     source = open_source(recipe.data, recipe.seed)
     text = load_text_tokenizer(context.run)
     image = load_image_tokenizer(context.run, recipe, world.device)
-    tokenizer = PairTokenizer(text, image, recipe.data, recipe.shards.vqvae_batch)
+    tokenizer = _Mindful(context.stop, text, image, recipe.data, recipe.shards.vqvae_batch)
     identity = f"{context.run.fingerprint(recipe, stage.name)}:{source.fingerprint}"
     with torch.no_grad():
         for split in source.splits:
             _write_split(context, split, source, tokenizer, identity)
-    _write_text(context, text)
-    gather_objects(None)
+    with heeding(context.stop):
+        _write_text(context, text)
+    meet(context.stop, "while packing text; the pictures' shards are kept, packing begins again")
     if world.is_first:
         summary = _summary(context, source)
         for reason, count in summary["refused"].items():

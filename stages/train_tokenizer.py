@@ -11,7 +11,8 @@ from cogview2.pipeline import fsops
 from cogview2.pipeline.data.records import RefusedError
 from cogview2.pipeline.data.sources import open_source
 from cogview2.pipeline.data.text_corpus import check_readable, read_lines
-from cogview2.pipeline.errors import ConfigError, LaunchError, Preempted
+from cogview2.pipeline.distributed import watchdog
+from cogview2.pipeline.errors import ConfigError, Preempted
 from cogview2.pipeline.tokenizers.train_text import TrainedTokenizer, train
 from cogview2.pipeline.tokenizers.vocabulary import SPECIAL_TOKENS
 from cogview2.stages._loading import open_models
@@ -19,8 +20,6 @@ from cogview2.stages._runner import StageContext, run_stage
 
 logger = logging.getLogger(__name__)
 BEAT_SECONDS = 2.0
-SILENCE_SECONDS = 120.0
-"""A rank 0 that does not touch its heartbeat file for this long is taken for dead."""
 
 
 def _sentences(context: StageContext, counts: Counter[str]) -> Iterator[str]:
@@ -66,8 +65,10 @@ def _train(context: StageContext) -> None:
     thread = threading.Thread(target=work, daemon=True)
     started = time.monotonic()
     thread.start()
+    watchdog.enter("work")
     while thread.is_alive():
         thread.join(BEAT_SECONDS)
+        watchdog.progress()
         stage.write_heartbeat(0, 1, message=f"SentencePiece, {time.monotonic() - started:.0f} s")
         if context.stop.is_set:
             raise Preempted(
@@ -107,21 +108,13 @@ def _take(context: StageContext, source: str) -> None:
 
 
 def _wait(context: StageContext) -> None:
-    """Wait for rank 0 by its files: a collective would time out long before the tokenizer is trained."""
-    seen, changed = None, time.monotonic()
-    path = context.stage.heartbeat_path
+    """Wait for rank 0 by its record: a collective would time out long before the tokenizer is trained."""
+    watchdog.enter(watchdog.WAIT)
     while context.stage.done() is None:
         time.sleep(0.5)
-        beat = path.stat().st_mtime_ns if path.exists() else None
-        if beat != seen:
-            seen, changed = beat, time.monotonic()
         if context.stop.is_set:
             raise Preempted(
                 f"stopped by {context.stop.reason} while waiting for rank 0; the same command starts it again"
-            )
-        if time.monotonic() - changed > SILENCE_SECONDS:
-            raise LaunchError(
-                f"rank 0 was silent for {SILENCE_SECONDS:.0f} s while training the tokenizer; see its log"
             )
 
 

@@ -11,7 +11,7 @@ from cogview2.pipeline.data.records import RefusedError
 from cogview2.pipeline.data.sources import Source, open_source
 from cogview2.pipeline.distributed.process import barrier, gather_objects
 from cogview2.pipeline.distributed.seeding import seed_everything
-from cogview2.pipeline.errors import ConfigError, Preempted
+from cogview2.pipeline.errors import ConfigError
 from cogview2.pipeline.models.vqvae.losses import ms_ssim_scales
 from cogview2.pipeline.models.vqvae.model import RATES, VQVAE
 from cogview2.pipeline.tokenizers.image import ImageTokenizer
@@ -21,9 +21,11 @@ from cogview2.pipeline.training.metrics import MetricsWriter
 from cogview2.pipeline.training.train_modules.vqvae import VQVAETrainModule
 from cogview2.pipeline.training.trainer import SampleCallback, Trainer
 from cogview2.pipeline.weights.files import WEIGHTS, save_weights
+from cogview2.stages._checkpoints import checkpointer
 from cogview2.stages._loading import CLUSTERS, open_models, save_labels
 from cogview2.stages._pictures import grid, save_png, to_uint8
 from cogview2.stages._runner import StageContext, run_stage
+from cogview2.stages._stopping import heeding, look, meet
 from cogview2.stages._work import work_of
 
 logger = logging.getLogger(__name__)
@@ -35,16 +37,15 @@ def _usable(context: StageContext, source: Source, indices: list[int]) -> list[i
     if context.recipe.data.source == "drawings":
         return indices
     good: list[int] = []
-    for index in indices[context.world.rank :: context.world.size]:
-        if context.stop.is_set:
-            raise Preempted(
-                f"stopped by {context.stop.reason} while trying the pictures; the same command starts again"
-            )
-        try:
-            load_pixels(source, index, context.recipe.data)
-            good.append(index)
-        except RefusedError as error:
-            logger.warning("picture %s is left out: %s", source.keys[index], error)
+    with heeding(context.stop):
+        for index in indices[context.world.rank :: context.world.size]:
+            look(context.stop)
+            try:
+                load_pixels(source, index, context.recipe.data)
+                good.append(index)
+            except RefusedError as error:
+                logger.warning("picture %s is left out: %s", source.keys[index], error)
+    meet(context.stop, "while trying the pictures; the same command starts again")
     return sorted(index for part in gather_objects(good) for index in part)
 
 
@@ -137,7 +138,7 @@ def job(context: StageContext) -> None:
         batches=batches,
         train=config.train,
         stage=stage,
-        fingerprint=context.run.fingerprint(recipe, stage.name),
+        checkpointer=checkpointer(context, stage, config.train, deepspeed),
         world=world,
         stop=context.stop,
         on_sample=_reconstructions(context, module, originals),

@@ -9,21 +9,17 @@ the turns, so that other processes cost little; waiting for the other rank shows
 import argparse
 import contextlib
 import json
-import logging
-import multiprocessing
-import os
-import socket
 import statistics
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import rank_processes
 import synthetic
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -32,14 +28,16 @@ from cogview2.pipeline.config.deepspeed import resolve
 from cogview2.pipeline.config.model import CogLMConfig, VocabularyConfig
 from cogview2.pipeline.config.training import TrainConfig
 from cogview2.pipeline.data.sample_plan import SamplePlan
-from cogview2.pipeline.distributed.process import World, barrier, gather_objects, process_group
+from cogview2.pipeline.distributed.process import World, barrier, gather_objects
 from cogview2.pipeline.stage_dir import StageDirectory
+from cogview2.pipeline.training.checkpoint import Checkpointer, Identity
 from cogview2.pipeline.training.engine import PlainEngine
 from cogview2.pipeline.training.meters import Work
 from cogview2.pipeline.training.modules import Batch, TrainModule
 from cogview2.pipeline.training.optimizers import parameter_groups
 from cogview2.pipeline.training.preemption import StopFlag
 from cogview2.pipeline.training.schedules import learning_rate
+from cogview2.pipeline.training.state.manifest import Topology
 from cogview2.pipeline.training.train_modules.coglm import CogLMTrainModule
 from cogview2.pipeline.training.trainer import Trainer
 
@@ -48,7 +46,6 @@ import measure  # noqa: E402
 import report  # noqa: E402
 
 BARE = "bare torch loop"
-LIMIT_SECONDS = 3600
 LEAST, AIM = 1.10, 1.00
 """Bounds of our time over the bare loop's."""
 
@@ -132,12 +129,16 @@ def ours(case: Case, stage: int) -> Turn:
 
     def turn() -> float:
         with _shared_folder(case) as folder:
+            unit = StageDirectory(folder, "pretrain_coglm").create()
+            topology = Topology(case.world.size, 1, stage, "float32")
             result = Trainer(
                 engine=engine,
                 batches=case.batches,
                 train=case.train,
-                stage=StageDirectory(folder, "pretrain_coglm").create(),
-                fingerprint="benchmark",
+                stage=unit,
+                checkpointer=Checkpointer(
+                    unit.checkpoints, case.world, Identity("benchmark"), topology, case.train.checkpoint
+                ),
                 world=case.world,
                 stop=StopFlag(),
                 work=work,
@@ -247,60 +248,6 @@ def measure_rank(options: argparse.Namespace, world: World, folder: Path) -> dic
     return found
 
 
-def _main_of_rank(
-    options: argparse.Namespace, rank: int, ranks: int, port: int, folder: Path, pipe: Connection
-) -> None:
-    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in own.items()}, MASTER_ADDR="127.0.0.1")
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    try:
-        torch.set_num_threads(1)
-        stack = contextlib.ExitStack()
-        # Never left: some candidates do not outlive the process group.
-        world = stack.enter_context(process_group(World(rank, ranks, rank, torch.device("cpu"))))
-        deepspeed.utils.logger.setLevel(logging.ERROR)
-        pipe.send(measure_rank(options, world, folder))
-        barrier()
-    except BaseException:
-        pipe.send(traceback.format_exc())
-    finally:
-        pipe.close()
-        os._exit(0)
-
-
-def measure_ranks(options: argparse.Namespace, ranks: int) -> dict[str, Any]:
-    """Fork `ranks` processes and return what rank 0 measured.
-
-    Raises:
-        SystemExit: a rank failed.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
-        pipes, processes = [], []
-        for rank in range(ranks):
-            receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_main_of_rank, args=(options, rank, ranks, port, Path(folder), sender)
-            )
-            process.start()
-            sender.close()
-            pipes.append(receiver)
-            processes.append(process)
-        try:
-            answers = [pipe.recv() if pipe.poll(LIMIT_SECONDS) else "no answer in time" for pipe in pipes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
-    failures = [answer for answer in answers if isinstance(answer, str)]
-    if failures:
-        raise SystemExit(f"a rank failed:\n{failures[0]}")
-    return dict(answers[0])
-
-
 def ratio(found: dict[str, Any], name: str, clock: str) -> float:
     """Return a candidate's seconds over the bare loop's, the least of the turns of each: others only add to them."""
     return min(found[name][clock]) / min(found[BARE][clock])
@@ -350,7 +297,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "deepspeed": deepspeed.__version__,
         "threads": "1 per rank",
     }
-    results = {ranks: measure_ranks(options, ranks) for ranks in map(int, options.ranks.split(","))}
+    results = {
+        ranks: rank_processes.run(partial(measure_rank, options), ranks)
+        for ranks in map(int, options.ranks.split(","))
+    }
     size = f"{options.layers} layers of {options.hidden}, {options.rows} rows, 512 tokens, micro batch {options.micro_batch}"
     parts = [report.facts_table(facts), f"### {size} x {options.accumulation}"]
     for ranks, found in results.items():

@@ -19,6 +19,18 @@ class Config(BaseModel):
     )
 
 
+def flat(value: Any, key: str) -> dict[str, Any]:
+    """Return the plain values of a section, or one value, by dotted key."""
+    if isinstance(value, Config):
+        value = value.model_dump(mode="json")
+    if not isinstance(value, dict):
+        return {key: value}
+    found: dict[str, Any] = {}
+    for name, inner in value.items():
+        found |= flat(inner, f"{key}.{name}")
+    return found
+
+
 def fingerprint(*parts: Config | dict[str, Any] | str | int | None) -> str:
     """Return a sha256 over the canonical JSON of `parts`: equal exactly when every value is equal."""
     plain = [part.model_dump(mode="json") if isinstance(part, Config) else part for part in parts]

@@ -54,6 +54,27 @@ class SlurmConfig(Config):
         return self
 
 
+Patience = Annotated[float, Field(ge=0)]
+
+
+class WatchdogConfig(Config):
+    """After how many seconds without progress a rank counts as hung; 0: never. Then the job ends with exit code 76."""
+
+    step_seconds: Patience = 600
+    """For one step of training, or for reading its batch."""
+    save_seconds: Patience = 1800
+    """For saving a checkpoint, or for the next token of a picture drawn on the way."""
+    start_seconds: Patience = 1800
+    """For the start: until all ranks have met, the checkpoint is read, and the first step (kernels are compiled) is done."""
+    work_seconds: Patience = 1800
+    """For one piece of work where nothing is trained: a batch of pictures, a run of a model that draws."""
+
+    @property
+    def longest(self) -> float:
+        """The most patience of all phases, in seconds."""
+        return max(self.step_seconds, self.save_seconds, self.start_seconds, self.work_seconds)
+
+
 class LaunchConfig(Config):
     """The shape of a job, and what reaches its ranks."""
 
@@ -71,6 +92,7 @@ class LaunchConfig(Config):
     """By default a port that is free on the first host."""
     grace_seconds: Positive = 120
     """How long ranks may take to save once a job is told to stop."""
+    watchdog: WatchdogConfig = WatchdogConfig()
     hardware: Word | None = None
     """Name in the hardware table (`cogview2 plan --list-hardware`), for plans and utilisation; by default the GPU's own."""
     ssh: SshConfig = SshConfig()

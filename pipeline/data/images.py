@@ -1,5 +1,6 @@
 """Encoded bytes -> an upright RGB picture, or a refusal with its reason; never starts another program."""
 
+import contextlib
 import io
 
 import numpy as np
@@ -77,10 +78,11 @@ def _check_size(size: tuple[int, int], rules: ImageRulesConfig, min_side: int) -
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # EXIF is hostile text: whatever it breaks, the pixels are still good
-        return image
+    with contextlib.suppress(
+        Exception
+    ):  # EXIF is hostile text: whatever it breaks, the pixels are still good
+        ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
@@ -94,10 +96,11 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """Return `image` in RGB; no copy is made where there is nothing to convert, a picture may have 64 Mpx."""
     if image.mode.startswith("I;16"):
         return _from_16_bit(image)
     if image.has_transparency_data:
-        layers = image.convert("RGBA")
+        layers = image if image.mode == "RGBA" else image.convert("RGBA")
         white = Image.new("RGB", layers.size, _WHITE)
         white.paste(layers, mask=layers.getchannel("A"))
         return white
@@ -105,7 +108,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise RefusedError(
             "image_unsupported_format", f"pixel mode {image.mode} has no agreed black and white"
         )
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _reason_of(error: Exception) -> str:

@@ -20,7 +20,8 @@ PICTURE_EXTENSIONS = frozenset("jpg jpeg jpe jfif png apng webp gif bmp tif tiff
 # Listed so that they are refused by name when read, instead of being overlooked.
 UNSUPPORTED_EXTENSIONS = frozenset("svg heic heif avif eps ps ico psd jp2 j2k jxl".split())
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_UNSAFE_CHARACTER = re.compile("[\x00-\x1f\x7f-\x9f\\\\\ud800-\udfff]")
+# What turns the reading direction around makes a name look like another one.
+_UNSAFE_CHARACTER = re.compile("[\x00-\x1f\x7f-\x9f\\\\\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _LANGUAGES: tuple[Language, ...] = get_args(Language)
 
 
@@ -79,7 +80,7 @@ def unsafe_name(name: str) -> str | None:
     if ".." in name.split("/"):
         return "leaves the folder by '..'"
     if _UNSAFE_CHARACTER.search(name):
-        return "holds a control character, a backslash or bytes that are not UTF-8"
+        return "holds a control character, a turn of the reading direction, a backslash or bytes that are not UTF-8"
     return None
 
 

@@ -119,7 +119,7 @@ class DataState:
     seed: int
     epoch: int
     samples_consumed: int
-    """Over all ranks and epochs, counted when the optimizer step is done."""
+    """Over all ranks and epochs, counted when the optimizer step is done; batches left out on the way count too."""
 
     @classmethod
     def at(cls, plan: SamplePlan, dataset_sha256: str, samples_consumed: int) -> "DataState":

@@ -1,8 +1,13 @@
-"""Reads samples of shards by number: manifest, index of each shard, one verified read per sample."""
+"""Reads samples of shards by number: manifest, index of each shard, one verified read per sample.
+
+No byte is believed: the manifest has its own digest and those of the indexes, an index those of its samples, and what
+lies behind the last sample must be zeros. Threads may share an index.
+"""
 
 import hashlib
 import io
 import json
+import os
 import re
 import tarfile
 import threading
@@ -23,20 +28,28 @@ from cogview2.pipeline.data.shard_writer import INDEX_FORMAT, SampleRange, Shard
 from cogview2.pipeline.errors import DataError
 
 MANIFEST = "manifest.json"
-MANIFEST_FORMAT = 1
+MANIFEST_FORMAT = 2
+_FORMAT_WITHOUT_DIGEST = 1
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\.tar")
 _OPEN_INDEXES = 64
 _REMEDY = "delete the shards and run stage shard_dataset again"
 
 
+def _sha256_of(value: Any) -> str:
+    """Return the sha256 of plain JSON, whatever its layout in a file."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def fingerprint_of(entries: Sequence[ShardEntry]) -> str:
     """Return the sha256 over names, sizes and digests of the shards in order: the dataset's identity."""
-    text = json.dumps([asdict(entry) for entry in entries], sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return _sha256_of([asdict(entry) for entry in entries])
 
 
 def write_manifest(folder: Path, entries: Sequence[ShardEntry], extra: dict[str, Any]) -> str:
     """Write manifest.json, last of all: a folder without one is not a dataset.
+
+    Shards of an earlier attempt with other settings, and temporary files of a killed one, are removed before: stock
+    readers take every tar that they find.
 
     Args:
         folder: where the shards are.
@@ -46,9 +59,14 @@ def write_manifest(folder: Path, entries: Sequence[ShardEntry], extra: dict[str,
     Returns:
         The fingerprint of the dataset.
     """
-    names = [entry.name for entry in entries]
-    if len(set(names)) != len(names):
-        raise DataError(f"a shard is named twice in {folder / MANIFEST}: {sorted(names)}")
+    twice = _duplicates(entries)
+    if twice:
+        raise DataError(f"shards stand twice in {folder / MANIFEST}: {'; '.join(twice)}; {_REMEDY}")
+    for name in _foreign(folder, entries):
+        fsops.remove_tree(folder / name)
+    for pattern in (".tmp.*", ".trash.*"):
+        for path in folder.glob(pattern):
+            fsops.discard(path)
     fingerprint = fingerprint_of(entries)
     document = {
         "format": MANIFEST_FORMAT,
@@ -56,13 +74,35 @@ def write_manifest(folder: Path, entries: Sequence[ShardEntry], extra: dict[str,
         "shards": [asdict(entry) for entry in entries],
         "extra": extra,
     }
-    fsops.write_json(folder / MANIFEST, document)
+    fsops.write_json(folder / MANIFEST, document | {"sha256": _sha256_of(document)})
     return fingerprint
+
+
+def _duplicates(entries: Sequence[ShardEntry]) -> list[str]:
+    """Name the shards that stand twice: by name, or by content (keys are unique, so only empty shards are alike)."""
+    problems: list[str] = []
+    names: set[str] = set()
+    contents: dict[str, str] = {}
+    for entry in entries:
+        if entry.name in names:
+            problems.append(f"{entry.name} is named twice")
+        elif entry.samples and entry.sha256 in contents:
+            problems.append(f"{entry.name} is a copy of {contents[entry.sha256]}")
+        names.add(entry.name)
+        contents.setdefault(entry.sha256, entry.name)
+    return problems
+
+
+def _foreign(folder: Path, entries: Sequence[ShardEntry]) -> list[str]:
+    """Name the shards and indexes in `folder` that are not of `entries`; hidden files are nobody's."""
+    ours = {name for entry in entries for name in (entry.name, index_name(entry.name))}
+    shards = (name for name in os.listdir(folder) if name.endswith((".tar", ".index.json")))
+    return sorted(name for name in shards if name not in ours and not name.startswith("."))
 
 
 def _read_manifest(path: Path) -> tuple[list[ShardEntry], str, dict[str, Any]]:
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(_read_plain(path))
     except FileNotFoundError as error:
         raise DataError(
             f"{path} is missing: the shards were not finished; run stage shard_dataset"
@@ -70,10 +110,7 @@ def _read_manifest(path: Path) -> tuple[list[ShardEntry], str, dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read {path} ({error}); {_REMEDY}") from error
     try:
-        if document["format"] != MANIFEST_FORMAT:
-            raise DataError(
-                f"{path} has format {document['format']!r}, known is {MANIFEST_FORMAT}; {_REMEDY}"
-            )
+        _check_document(document, path)
         entries = [ShardEntry(**shard) for shard in document["shards"]]
         good = all(_SHARD_NAME.fullmatch(entry.name) and entry.samples >= 0 for entry in entries)
         fingerprint, extra = document["fingerprint"], dict(document["extra"])
@@ -84,19 +121,44 @@ def _read_manifest(path: Path) -> tuple[list[ShardEntry], str, dict[str, Any]]:
     return entries, fingerprint, extra
 
 
-def _check_files(folder: Path, entries: Sequence[ShardEntry]) -> None:
-    """Name every missing or resized file at once."""
-    problems: list[str] = []
+def _read_plain(path: Path) -> bytes:
+    """Return the content of a file that is no link: a link may lead to what nobody has checked."""
+    with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+        return file.read()
+
+
+def _check_document(document: dict[str, Any], path: Path) -> None:
+    """Compare the manifest with its own digest; manifests of the first format have none."""
+    version = document["format"]
+    if version not in (MANIFEST_FORMAT, _FORMAT_WITHOUT_DIGEST):
+        raise DataError(f"{path} has format {version!r}, known is {MANIFEST_FORMAT}; {_REMEDY}")
+    rest = {name: value for name, value in document.items() if name != "sha256"}
+    if (version == _FORMAT_WITHOUT_DIGEST) != ("sha256" not in document) or (
+        version == MANIFEST_FORMAT and document["sha256"] != _sha256_of(rest)
+    ):
+        raise DataError(f"{path} is damaged: it does not agree with its own sha256; restore it or {_REMEDY}")
+
+
+def _file_problem(path: Path, size: int | None) -> str | None:
+    """Return what is wrong with one file of a shard, without reading it."""
+    if path.is_symlink():
+        return f"{path.name} is a symbolic link"
+    if not path.is_file():
+        return f"{path.name} is missing"
+    found = path.stat().st_size
+    return f"{path.name} has {found} bytes instead of {size}" if size not in (None, found) else None
+
+
+def _problems(folder: Path, entries: Sequence[ShardEntry]) -> list[str]:
+    """Name everything that can be seen to be wrong without reading the shards: all of it, not the first only."""
+    problems = [*_duplicates(entries), *(f"{name} is foreign" for name in _foreign(folder, entries))]
     for entry in entries:
-        if not (folder / index_name(entry.name)).is_file():
-            problems.append(f"{index_name(entry.name)} is missing")
-        path = folder / entry.name
-        if not path.is_file():
-            problems.append(f"{entry.name} is missing")
-        elif path.stat().st_size != entry.size:
-            problems.append(f"{entry.name} has {path.stat().st_size} bytes instead of {entry.size}")
-    if problems:
-        raise DataError(f"shards in {folder} are not whole: {'; '.join(problems)}; restore them or {_REMEDY}")
+        found = (
+            _file_problem(folder / entry.name, entry.size),
+            _file_problem(folder / index_name(entry.name), None),
+        )
+        problems.extend(problem for problem in found if problem is not None)
+    return problems
 
 
 class ShardIndex:
@@ -121,10 +183,15 @@ class ShardIndex:
         """Read the manifest of `folder` and check that every shard is there with its size.
 
         Raises:
-            DataError: no manifest, a damaged one, or shards missing or resized (all of them are named).
+            DataError: no manifest, a damaged one, or shards missing, resized, linked, foreign or doubled (all of them
+                are named).
         """
         entries, fingerprint, extra = _read_manifest(folder / MANIFEST)
-        _check_files(folder, entries)
+        problems = _problems(folder, entries)
+        if problems:
+            raise DataError(
+                f"shards in {folder} are not whole: {'; '.join(problems)}; restore them or {_REMEDY}"
+            )
         return cls(folder, entries, fingerprint, extra)
 
     def __len__(self) -> int:
@@ -180,29 +247,29 @@ class ShardIndex:
     def _load_ranges(self, entry: ShardEntry) -> list[SampleRange]:
         path = self.folder / index_name(entry.name)
         try:
-            data = path.read_bytes()
+            data = _read_plain(path)
         except OSError as error:
             raise DataError(f"cannot read {path}: {error.strerror}; restore it or {_REMEDY}") from error
-        if hashlib.sha256(data).hexdigest() != entry.index_sha256:
-            raise DataError(
-                f"{path} is damaged: its sha256 is not that of the manifest; restore it or {_REMEDY}"
-            )
+        _check_index(data, entry, path)
         document = json.loads(data)
         if document["format"] != INDEX_FORMAT:
             raise DataError(f"{path} has format {document['format']!r}, known is {INDEX_FORMAT}; {_REMEDY}")
-        return [SampleRange(**item) for item in document["samples"]]
+        ranges = [SampleRange(**item) for item in document["samples"]]
+        end = ranges[-1].offset + ranges[-1].length if ranges else 0
+        _check_tail(self._bytes(entry, end, entry.size - end + 1), entry.size - end, self.folder / entry.name)
+        return ranges
+
+    def _bytes(self, entry: ShardEntry, offset: int, length: int) -> bytes:
+        path = self.folder / entry.name
+        try:
+            return self._files.read(path, offset, length)
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror}; restore it or {_REMEDY}") from error
 
     def _members(self, index: int) -> tuple[str, dict[str, bytes]]:
         entry, place = self.locate(index)
-        path = self.folder / entry.name
-        try:
-            data = self._files.read(path, place.offset, place.length)
-        except OSError as error:
-            raise DataError(f"cannot read sample {place.key} of {path}: {error.strerror}") from error
-        if hashlib.sha256(data).hexdigest() != place.sha256:
-            raise DataError(
-                f"sample {place.key} of {path} is damaged (sha256 differs); restore the shard or {_REMEDY}"
-            )
+        data = self._bytes(entry, place.offset, place.length)
+        _check_sample(data, place, self.folder / entry.name)
         members: dict[str, bytes] = {}
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
             for info in tar:
@@ -210,6 +277,24 @@ class ShardIndex:
                 assert file is not None  # write_shard stores plain files only, and the digest is right
                 members[info.name.partition(".")[2]] = file.read()
         return place.key, members
+
+
+def _check_index(data: bytes, entry: ShardEntry, path: Path) -> None:
+    if hashlib.sha256(data).hexdigest() != entry.index_sha256:
+        raise DataError(f"{path} is damaged: its sha256 is not that of the manifest; restore it or {_REMEDY}")
+
+
+def _check_tail(tail: bytes, length: int, path: Path) -> None:
+    """Behind the last sample there are only the zeros of the end mark; the digests of the samples do not cover them."""
+    if len(tail) != length or any(tail):
+        raise DataError(f"{path} is damaged behind its last sample; restore it or {_REMEDY}")
+
+
+def _check_sample(data: bytes, place: SampleRange, path: Path) -> None:
+    if hashlib.sha256(data).hexdigest() != place.sha256:
+        raise DataError(
+            f"sample {place.key} of {path} is damaged (sha256 differs); restore the shard or {_REMEDY}"
+        )
 
 
 def _array(data: bytes) -> np.ndarray:

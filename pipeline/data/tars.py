@@ -3,7 +3,15 @@
 from pathlib import Path
 
 from cogview2.pipeline.config.data import DataConfig
-from cogview2.pipeline.data.listing import Listing, Location, assemble, is_junk, unsafe_name
+from cogview2.pipeline.data.listing import (
+    PICTURE_EXTENSIONS,
+    UNSUPPORTED_EXTENSIONS,
+    Listing,
+    Location,
+    assemble,
+    is_junk,
+    unsafe_name,
+)
 from cogview2.pipeline.data.open_files import OpenFiles
 from cogview2.pipeline.data.records import RefusedError
 from cogview2.pipeline.data.tar_members import Member, walk_tar
@@ -72,6 +80,20 @@ class _Shard:
         return None
 
 
+def _dotted(parts: dict[str, Location]) -> list[str]:
+    """Return what stands between a first and a last dot and has a picture and a text of its own.
+
+    `v1.0.jpg` and `v1.0.txt` are meant as a sample `v1.0`, but a key ends at its first dot: with all of `v1.0` to `v1.9`
+    they would be one sample. A picture alone, such as `x.seg.png`, is a further file of sample `x`.
+    """
+    found: dict[bool, set[str]] = {True: set(), False: set()}
+    for between, dot, extension in (name.rpartition(".") for name in parts):
+        picture = extension in PICTURE_EXTENSIONS | UNSUPPORTED_EXTENSIONS
+        if dot and (picture or extension in ("txt", "json")):
+            found[picture].add(between)
+    return sorted(found[True] & found[False])
+
+
 def _is_whole(parts: dict[str, Location], config: DataConfig, files: OpenFiles) -> bool:
     try:
         assemble("", parts, config, files)
@@ -111,6 +133,14 @@ def list_tars(paths: list[Path], config: DataConfig) -> Listing:
                 listing.refuse(f"{path.name}/{key}", problem.reason, problem.detail)
             for key, parts in shard.samples.items():
                 if key in shard.refused:
+                    continue
+                for dotted in _dotted(parts):
+                    detail = "a key ends at its first dot; rename the files, for example with _"
+                    listing.refuse(f"{path.name}/{key}.{dotted}", "sample_dotted_key", detail)
+                    parts = {
+                        name: at for name, at in parts.items() if name.rpartition(".")[:2] != (dotted, ".")
+                    }
+                if not parts:
                     continue
                 try:
                     name = f"{path.name.removesuffix('.tar')}/{key}"

@@ -17,7 +17,7 @@ from cogview2.pipeline.distributed import discovery
 from cogview2.pipeline.errors import LaunchError
 
 T = TypeVar("T")
-_TIMEOUT = datetime.timedelta(minutes=30)
+_TIMEOUT_SECONDS = 1800.0
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def claimed_rank() -> int:
 
 
 @contextmanager
-def process_group(world: World) -> Iterator[World]:
-    """Hold DeepSpeed's process group open: gloo on CPUs, NCCL on GPUs.
+def process_group(world: World, timeout_seconds: float = 0.0) -> Iterator[World]:
+    """Hold DeepSpeed's process group open: gloo on CPUs, NCCL on GPUs; its collectives give up after half an hour at least.
 
     It is closed after success only. An error leaves it to the end of the process: closed earlier, the other
     ranks would fail, and report so, before this one has reported its own, first error.
@@ -116,8 +116,9 @@ def process_group(world: World) -> Iterator[World]:
         os.environ.setdefault(name, str(value))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
+    timeout = datetime.timedelta(seconds=max(_TIMEOUT_SECONDS, timeout_seconds))
     backend = "nccl" if world.device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(backend, timeout=_TIMEOUT, dist_init_required=True, verbose=False)
+    deepspeed.init_distributed(backend, timeout=timeout, dist_init_required=True, verbose=False)
     yield world
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,7 +1,8 @@
 """Seeds of a process, and its random state for exact resume."""
 
 import random
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,26 +18,40 @@ def seed_everything(seed: int, rank: int = 0) -> None:
     torch.manual_seed(value)
 
 
-def save_random_state(path: Path) -> None:
-    """Write the states of all generators of this process in a form that loads without unpickling code."""
+_PYTHON, _NUMPY, _TORCH, _CUDA = "random_python", "random_numpy", "random_torch", "random_cuda"
+
+
+def _second(value: float | None) -> list[float]:
+    """Return the normal number that a generator keeps for its next call, behind a 1, or two zeros."""
+    return [0.0, 0.0] if value is None else [1.0, value]
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """Return the states of all generators of this process as tensors: int64, float64 and uint8 vectors."""
     version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    numbers: dict[str, Any] = np.random.get_state(legacy=False)
     state = {
-        "python": [version, list(internal), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        _PYTHON: torch.tensor([version, *internal]),
+        f"{_PYTHON}_normal": torch.tensor(_second(gauss), dtype=torch.float64),
+        _NUMPY: torch.tensor([*numbers["state"]["key"].tolist(), numbers["state"]["pos"]]),
+        f"{_NUMPY}_normal": torch.tensor(
+            _second(numbers["gauss"] if numbers["has_gauss"] else None), dtype=torch.float64
+        ),
+        _TORCH: torch.get_rng_state(),
     }
-    torch.save(state, path)
+    if torch.cuda.is_available():
+        state[_CUDA] = torch.cuda.get_rng_state()
+    return state
 
 
-def load_random_state(path: Path) -> None:
-    """Restore what `save_random_state` wrote."""
-    state = torch.load(path, weights_only=True)
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
+def load_random_state(state: Mapping[str, torch.Tensor]) -> None:
+    """Restore what `random_state` gave; further tensors are left alone."""
+    version, *internal = state[_PYTHON].tolist()
+    kept, normal = state[f"{_PYTHON}_normal"].tolist()
+    random.setstate((version, tuple(internal), normal if kept else None))
+    *keys, position = state[_NUMPY].tolist()
+    kept, normal = state[f"{_NUMPY}_normal"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, int(kept), normal))
+    torch.set_rng_state(state[_TORCH])
+    if torch.cuda.is_available() and _CUDA in state:
+        torch.cuda.set_rng_state(state[_CUDA])

@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -164,6 +164,7 @@ def train(
     seed: int,
     classes: dict[str, int] | None = None,
     device: torch.device | str = "cpu",
+    each_step: Callable[[], None] = lambda: None,
 ) -> AttributeClassifier:
     """Train a classifier; on a CPU equal arguments and thread counts give equal weights.
 
@@ -175,6 +176,7 @@ def train(
         seed: of weights and batches.
         classes: attribute -> number of classes; by default the largest label + 1.
         device: where to compute.
+        each_step: called before each step; what it raises ends the training.
 
     Raises:
         DataError: no pictures, or labels that do not fit.
@@ -188,6 +190,7 @@ def train(
     generator = np.random.default_rng(seed)
     size = min(batch, len(small_MCHW))
     for step in range(steps):
+        each_step()
         for group in optimizer.param_groups:
             group["lr"] = _LEARNING_RATE * (1 - step / steps)
         chosen = torch.from_numpy(generator.choice(len(small_MCHW), size, replace=False)).to(device)

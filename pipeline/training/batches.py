@@ -1,4 +1,7 @@
-"""Micro batches of each training stage: pure functions of the step, over pictures or token shards."""
+"""Micro batches of each training stage: pure functions of the number of the batch, over pictures or token shards.
+
+Batch `step` is what that update (from 0) reads, except in a run that leaves batches out (data/skipped_batches.py).
+"""
 
 from collections.abc import Callable
 
@@ -42,7 +45,7 @@ def _cut(batch: list[Batch], accumulation: int) -> list[Batch]:
 
 
 class ImageBatches:
-    """Training pictures for the VQVAE; the kind of picture (DataConfig, image_sizes) changes with the step."""
+    """Training pictures for the VQVAE; the kind of picture (DataConfig, image_sizes) changes with the batch."""
 
     def __init__(
         self,
@@ -79,7 +82,7 @@ class ImageBatches:
         return pixels
 
     def step(self, step: int) -> list[Batch]:
-        """Return the micro batches of update `step`: {"pixels"}."""
+        """Return the micro batches of batch `step`: {"pixels"}."""
         kind = self._kinds[step % len(self._kinds)]
         places = self._loader.positions(step)
         pixels = torch.from_numpy(np.stack(self._loader.step(step))).float() / 255
@@ -91,6 +94,10 @@ class ImageBatches:
                 [self._crop(p, epoch, index) for p, (epoch, index) in zip(pixels, places, strict=True)]
             )
         return _cut([{"pixels": picture} for picture in pixels], self._accumulation)
+
+    def keys(self, step: int) -> list[str]:
+        """Return the keys of this rank's pictures of batch `step`."""
+        return [self._source.keys[self._usable[index]] for _, index in self._loader.positions(step)]
 
     def _crop(self, picture_CHW: torch.Tensor, epoch: int, index: int) -> torch.Tensor:
         rng = sample_rng(self._seed, epoch, str(index), "crop")
@@ -142,7 +149,7 @@ class PairBatches:
         )
 
     def samples(self, step: int) -> list[Sample]:
-        """Return this rank's samples of update `step`."""
+        """Return this rank's samples of batch `step`."""
         places = self._loader.positions(step)
         pairs = self._loader.step(step)
         return [
@@ -151,8 +158,12 @@ class PairBatches:
         ]
 
     def step(self, step: int) -> list[Batch]:
-        """Return the micro batches of update `step`."""
+        """Return the micro batches of batch `step`."""
         return _to_batch(self.samples(step), self._accumulation)
+
+    def keys(self, step: int) -> list[str]:
+        """Return the keys of this rank's pairs of batch `step`."""
+        return [self._index.locate(self._numbers[index])[1].key for _, index in self._loader.positions(step)]
 
 
 class MixedBatches:
@@ -178,7 +189,7 @@ class MixedBatches:
         self._loader = StepLoader(text.read_text, self._text_plan, text_batch, data_rank, data_size)
 
     def step(self, step: int) -> list[Batch]:
-        """Return the micro batches of update `step`, each with its share of both."""
+        """Return the micro batches of batch `step`, each with its share of both."""
         places = self._loader.positions(step)
         rows = self._loader.step(step)
         samples = [
@@ -197,6 +208,11 @@ class MixedBatches:
             for s in (pairs[k :: self._accumulation] + samples[k :: self._accumulation])
         ]
         return _to_batch(together, self._accumulation)
+
+    def keys(self, step: int) -> list[str]:
+        """Return the keys of this rank's pairs and rows of text of batch `step`."""
+        rows = [self._text.locate(index)[1].key for _, index in self._loader.positions(step)]
+        return self._pairs.keys(step) + rows
 
 
 def text_share(global_batch: int, weight: float, ranks_times_accumulation: int) -> int:

@@ -14,13 +14,18 @@ import torch.distributed as dist
 from cogview2.pipeline.config.model import CogLMConfig
 from cogview2.pipeline.config.training import OptimizerConfig
 from cogview2.pipeline.distributed.process import World, gather_objects
-from cogview2.pipeline.errors import NumericError
+from cogview2.pipeline.errors import CheckpointError, NumericError
+from cogview2.pipeline.models.not_finite import spoil_gradient
 from cogview2.pipeline.training.modules import Batch, LossOutput, TrainModule
 from cogview2.pipeline.training.normalisation import mean_mass, weight_mass
 from cogview2.pipeline.training.optimizers import build_optimizer, parameter_groups
+from cogview2.pipeline.training.state.files import BUFFER, Entry, RankState, StateReader
+from cogview2.pipeline.training.state.live import LiveState
 from cogview2.pipeline.weights.files import save_weights
 
 DeepSpeedConfig = dict[str, Any]
+_MODEL = "model."
+"""Where a TrainModule keeps the model, in the names of its parameters."""
 _AT_LEAST_SCALE = "loss scale already at minimum"
 """In the message with which DeepSpeed's loss scaler gives up."""
 
@@ -35,6 +40,9 @@ class StepOutput:
     counts: torch.Tensor
     extra: dict[str, float]
     """Further numbers to log, equal on all ranks; under fp16 `loss_scale` and `skipped_steps` (all so far)."""
+    finite: bool
+    """Whether the gradients of all ranks were finite; if not, the update was applied nowhere. Under fp16 always true: its
+    loss scale follows such gradients, and is lowered."""
 
 
 class TrainingEngine(Protocol):
@@ -54,11 +62,11 @@ class TrainingEngine(Protocol):
     def grad_norm(self) -> float | None:
         """Return the gradient norm before clipping of the last update; None when it was skipped."""
 
-    def save(self, folder: str, step: int) -> None:
-        """Write the full state below `folder`/ds."""
+    def state(self) -> RankState:
+        """Return what this rank writes into a checkpoint: views of what it holds now."""
 
-    def load(self, folder: str) -> None:
-        """Read what `save` wrote, with the same topology."""
+    def load(self, reader: StateReader) -> None:
+        """Take the state over that engines of any topology wrote. Collective."""
 
     def full_state(self) -> dict[str, torch.Tensor] | None:
         """Return the model's whole state in float32 on rank 0, None elsewhere. Collective."""
@@ -83,6 +91,22 @@ def _initialize(module: Any, config: DeepSpeedConfig, optimizer: OptimizerConfig
     return engine
 
 
+@dataclass
+class _Update:
+    """How an update went."""
+
+    extra: dict[str, float]
+    applied: bool = False
+    finite: bool = False
+
+
+def _drop_unless_finite(norm: torch.Tensor, parameters: list[torch.nn.Parameter]) -> None:
+    """Take the gradients away when their norm, the same on all ranks, is not finite: the optimizer then changes nothing."""
+    if not math.isfinite(norm):
+        for parameter in parameters:
+            parameter.grad = None
+
+
 def _clip(engine: Any) -> None:
     """Clip the gradients of a float32 engine without ZeRO, and keep the norm, which DeepSpeed throws away there.
 
@@ -92,6 +116,7 @@ def _clip(engine: Any) -> None:
     parameters = [p for p in engine.module.parameters() if p.grad is not None]
     if not hasattr(engine, "grid"):
         engine._global_grad_norm = torch.nn.utils.clip_grad_norm_(parameters, engine.gradient_clipping())
+        _drop_unless_finite(engine._global_grad_norm, parameters)
         return
     owned = [p.grad for p in parameters if p.grad is not None and not getattr(p, "ds_pipe_replicated", False)]
     square = torch.zeros((), device=engine.device)
@@ -101,6 +126,7 @@ def _clip(engine: Any) -> None:
     norm = square.sqrt()
     torch.nn.utils.clip_grads_with_norm_(parameters, engine.gradient_clipping(), norm)
     engine._global_grad_norm = norm
+    _drop_unless_finite(norm, parameters)
 
 
 def _whole(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -116,24 +142,25 @@ def _whole(parameter: torch.nn.Parameter) -> torch.Tensor:
 class _DeepSpeed:
     """What both engines do with DeepSpeed's."""
 
-    replicated: tuple[str, ...] | list[str] = ()
+    data_rank: int
+    data_size: int
 
     def __init__(self, module: Any, config: DeepSpeedConfig, optimizer: OptimizerConfig) -> None:
         self.engine = _initialize(module, config, optimizer)
         self.engine.clip_fp32_gradients = partial(_clip, self.engine)
 
     @contextmanager
-    def _update(self, step: int, learning_rate: float) -> Iterator[dict[str, float]]:
-        """Make one update inside; yields a dict that holds further numbers afterwards.
+    def _update(self, step: int, learning_rate: float) -> Iterator[_Update]:
+        """Make one update inside; what is yielded tells afterwards how it went, the same on all ranks.
 
         Raises:
-            NumericError: gradients that are not finite, or that overflow at the least loss scale of fp16.
+            NumericError: gradients that overflow at the least loss scale of fp16.
         """
         for group in self.engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        extra: dict[str, float] = {}
+        update = _Update({})
         try:
-            yield extra
+            yield update
         except Exception as error:
             if _AT_LEAST_SCALE not in str(error):
                 raise
@@ -141,36 +168,70 @@ class _DeepSpeed:
                 f"the gradients of step {step + 1} overflow even at the least loss scale of fp16; use bf16, or lower "
                 "train.optimizer.learning_rate"
             ) from error
+        # ZeRO leaves a step out whose gradients are not finite; without ZeRO, clipping has taken them away.
+        update.applied = self.engine.was_step_applied() and self.grad_norm() is not None
+        update.finite = update.applied or self.engine.fp16_enabled()
         if self.engine.fp16_enabled():
-            extra["loss_scale"] = float(self.engine.optimizer.loss_scale)
-            extra["skipped_steps"] = float(self.engine.skipped_steps)
-        elif not self.engine.was_step_applied() or self.grad_norm() is None:
-            # ZeRO leaves such a step out and goes on, and without ZeRO it is applied: neither gets any better.
-            raise NumericError(
-                f"the gradients of step {step + 1} are not finite; lower train.optimizer.learning_rate"
-            )
+            update.extra["loss_scale"] = float(self.engine.optimizer.loss_scale)
+            update.extra["skipped_steps"] = float(self.engine.skipped_steps)
 
     def grad_norm(self) -> float | None:
         """Return the gradient norm before clipping of the last update; None when it was skipped."""
         norm = self.engine.get_global_grad_norm()
         return None if norm is None or not math.isfinite(norm) else float(norm)
 
-    def save(self, folder: str, step: int) -> None:
-        """Write the full state below `folder`/ds. Collective."""
-        # The universal info cannot be added later, and without it another topology cannot resume.
-        info = {
-            "universal_checkpoint_version": 0.2,
-            "pipeline_replicated_parameter_patterns": self.replicated,
-        }
-        client_state = {"universal_checkpoint_info": info, "step": step}
-        if not self.engine.save_checkpoint(folder, tag="ds", client_state=client_state, save_latest=False):
-            raise OSError(f"DeepSpeed could not save to {folder}")
+    def _named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Yield this rank's parameters by the names that they have in the plain model."""
+        raise NotImplementedError
 
-    def load(self, folder: str) -> None:
-        """Read what `save` wrote, with the same topology. Collective."""
-        path, _ = self.engine.load_checkpoint(folder, tag="ds")
-        if path is None:
-            raise OSError(f"DeepSpeed found no state in {folder}")
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        """Return the persistent buffers, equal on all ranks, by name."""
+        return {}
+
+    def _live(self) -> LiveState:
+        return LiveState(self.engine, self._named(), self.data_rank, self.data_size)
+
+    def state(self) -> RankState:
+        """Return what this rank writes into a checkpoint: views of what it holds now.
+
+        Frozen parameters are left out: they come from the weights that the stage began with, whose hashes are in its
+        fingerprint.
+        """
+        live = self._live()
+        entries, shapes = live.entries(), live.shapes()
+        if dist.get_rank() == 0:
+            for name, buffer in self._buffers().items():
+                entries[Entry(BUFFER, 0, name)] = buffer.reshape(-1)
+                shapes[name] = tuple(buffer.shape)
+        counters = {name: int(getattr(self.engine, name)) for name in ("global_steps", "skipped_steps")}
+        return RankState(entries, shapes, plain=counters | {"loss_scaler": self._loss_scaler()})
+
+    def _loss_scaler(self) -> dict[str, Any] | None:
+        """Return the numbers of fp16's loss scaler."""
+        if not self.engine.fp16_enabled():
+            return None
+        values = vars(self.engine.optimizer.loss_scaler)
+        return {name: value for name, value in values.items() if isinstance(value, bool | int | float)}
+
+    def load(self, reader: StateReader) -> None:
+        """Take the state over that engines of any topology wrote. Collective.
+
+        Raises:
+            CheckpointError: the files do not hold all of this model.
+        """
+        self._live().load(reader)
+        buffers = self._buffers()
+        missing = sorted(set(reader.names(BUFFER)) ^ set(buffers))
+        if missing:
+            raise CheckpointError(f"{reader.folder} and the model differ in {missing[0]}; restore the recipe")
+        for name, buffer in buffers.items():
+            buffer.copy_(reader.whole(name, BUFFER))
+        engine, plain = self.engine, reader.plain[0]
+        engine.global_steps, engine.skipped_steps = plain["global_steps"], plain["skipped_steps"]
+        engine.micro_steps = engine.global_steps * self.accumulation
+        engine.global_samples = engine.global_steps * engine.train_batch_size()
+        if self.engine.fp16_enabled() and plain["loss_scaler"] is not None:
+            vars(engine.optimizer.loss_scaler).update(plain["loss_scaler"])
 
     @property
     def accumulation(self) -> int:
@@ -211,10 +272,11 @@ class PlainEngine(_DeepSpeed):
             {name: value.to(self.device) for name, value in batch.items()} for batch in micro_batches
         ]
         outputs: list[LossOutput] = []
-        with self._update(step, learning_rate) as extra:
+        with self._update(step, learning_rate) as update:
             self.module.begin_step(step, on_device)
             for batch in on_device:
                 output = self.engine(batch)
+                spoil_gradient(output.loss)
                 self.engine.backward(output.loss)
                 # DeepSpeed gives them zeros for gradients, and an optimizer with momentum would move them.
                 for parameter in self.module.unused_parameters():
@@ -227,7 +289,19 @@ class PlainEngine(_DeepSpeed):
             torch.stack([part.float() for part in parts]).sum(0).cpu()
             for parts in ([output.sums for output in outputs], [output.counts for output in outputs])
         )
-        return StepOutput(loss, sums, counts, extra | self.module.end_step(step))
+        # What a module learns without gradients, such as a codebook, learns nothing from a step that was left out either.
+        further = self.module.end_step(step) if update.applied else {}
+        return StepOutput(loss, sums, counts, update.extra | further, update.finite)
+
+    def _named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        for name, parameter in self.module.named_parameters():
+            yield name.removeprefix(_MODEL), parameter
+
+    def _buffers(self) -> dict[str, torch.Tensor]:
+        kept = set(self.module.state_dict())
+        return {
+            name.removeprefix(_MODEL): buffer for name, buffer in self.module.named_buffers() if name in kept
+        }
 
     def full_state(self) -> dict[str, torch.Tensor] | None:
         """Return the model's whole state in float32 on rank 0, None elsewhere. Collective."""
@@ -251,13 +325,11 @@ class PipeEngine(_DeepSpeed):
         self, module: Any, config: DeepSpeedConfig, optimizer: OptimizerConfig, model: CogLMConfig
     ) -> None:
         from cogview2.pipeline.models.coglm.loss import PART_NAMES
-        from cogview2.pipeline.models.coglm.pipe import TIED_PATTERN
 
         super().__init__(module, config, optimizer)
         self.module = module
         self.model_config = model
         self.metric_names: tuple[str, ...] = PART_NAMES
-        self.replicated = [TIED_PATTERN]
         grid = self.engine.grid
         self.data_rank, self.data_size = grid.get_data_parallel_rank(), grid.get_data_parallel_world_size()
         self.needs_data: bool = self.engine.is_first_stage() or self.engine.is_last_stage()
@@ -268,14 +340,20 @@ class PipeEngine(_DeepSpeed):
             masses = [weight_mass(batch["loss_mask"], batch["loss_weights"]) for batch in micro_batches]
             group = self.engine.grid.get_data_parallel_group()
             self.engine.module.loss_fn.mass = mean_mass([m.to(self.engine.device) for m in masses], group)
-        with self._update(step, learning_rate) as extra:
+        with self._update(step, learning_rate) as update:
             iterator = self._iterator(micro_batches) if self.needs_data else None
             loss = self.engine.train_batch(data_iter=iterator)
         parts = self.engine.get_additional_losses() or {}
         names = self.metric_names
         sums = torch.tensor([float(parts.get(f"{name}_loss_sum", 0.0)) for name in names])
         counts = torch.tensor([float(parts.get(f"{name}_labels", 0.0)) for name in names])
-        return StepOutput(float(loss), sums, counts, extra)
+        return StepOutput(float(loss), sums, counts, update.extra, update.finite)
+
+    def _named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        from cogview2.pipeline.models.coglm.pipe import plain_name
+
+        for name, parameter in self.engine.module.named_parameters():
+            yield plain_name(name, self.model_config), parameter
 
     @staticmethod
     def _iterator(micro_batches: list[Batch]) -> Iterator[tuple[Any, Any]]:
@@ -290,10 +368,8 @@ class PipeEngine(_DeepSpeed):
 
         Every pipe stage sends its own layers, one matrix after the other; no other rank holds more than its share.
         """
-        from cogview2.pipeline.models.coglm.pipe import plain_name
-
         rank = dist.get_rank()
-        mine = {plain_name(name, self.model_config): p for name, p in self.engine.module.named_parameters()}
+        mine = dict(self._named())
         # Of equal copies (data parallel, tied words) the first one is sent.
         senders: dict[str, tuple[int, tuple[int, ...]]] = {}
         for other, shapes in enumerate(gather_objects({name: tuple(p.shape) for name, p in mine.items()})):

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from cogview2.pipeline.training.straggler import StragglerWatch
+
 EVEN_RATIO = 1.2
 """A rank is called slow from this multiple of the others' time on ..."""
 EVEN_SHARE = 0.05
@@ -165,6 +167,9 @@ class StepMeter:
         self._begin: float | None = None
         self._in_steps = 0.0
         self._peak_bytes = 0.0
+        self._stragglers = StragglerWatch([rank_name(rank, hosts) for rank in range(len(hosts))])
+        self.warning: str | None = None
+        """Says that a rank has just become a straggler, after the step for which it did."""
         self.restart()
 
     def restart(self) -> None:
@@ -195,8 +200,9 @@ class StepMeter:
         self._in_steps += step_seconds
         # All wait for the one that reads longest.
         self._reading += max(reading_seconds)
-        for rank, parts in enumerate(zip(reading_seconds, forward_seconds, strict=True)):
-            self._own[rank] += sum(parts)
+        own = [sum(parts) for parts in zip(reading_seconds, forward_seconds, strict=True)]
+        self._own = [so_far + seconds for so_far, seconds in zip(self._own, own, strict=True)]
+        self.warning = self._stragglers.add(step_seconds, own)
         self._peak_bytes = max(self._peak_bytes, peak_bytes)
 
     def slowest(self) -> Straggler | None:

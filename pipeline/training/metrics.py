@@ -38,9 +38,10 @@ class MetricsWriter:
         """Append to both; lines after `resumed_step`, from steps that are trained again, are dropped."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._jsonl = jsonl
+        self._jsonl, self._events = jsonl, tensorboard
         self._drop_after(resumed_step)
-        self._board = SummaryWriter(str(tensorboard), purge_step=resumed_step + 1)
+        with fsops.explained(tensorboard):
+            self._board = SummaryWriter(str(tensorboard), purge_step=resumed_step + 1)
 
     def _drop_after(self, step: int) -> None:
         if not self._jsonl.exists():
@@ -58,20 +59,26 @@ class MetricsWriter:
         """Record the numbers of `step`, and what is said in words about it."""
         said = words or {}
         fsops.append_line(self._jsonl, json.dumps({"step": step} | values | said))
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        for name, text in said.items():
-            self._board.add_text(name, text, step)
+        with fsops.explained(
+            self._events
+        ):  # another thread writes: a full disk is told by one of the next calls
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+            for name, text in said.items():
+                self._board.add_text(name, text, step)
 
     def image(self, step: int, name: str, pixels_HWC: np.ndarray) -> None:
         """Record a uint8 picture [H, W, 3]."""
-        self._board.add_image(name, pixels_HWC, step, dataformats="HWC")
-        self._board.flush()
+        with fsops.explained(self._events):
+            self._board.add_image(name, pixels_HWC, step, dataformats="HWC")
+            self._board.flush()
 
     def text(self, step: int, name: str, content: str) -> None:
         """Record a text."""
-        self._board.add_text(name, content, step)
+        with fsops.explained(self._events):
+            self._board.add_text(name, content, step)
 
     def close(self) -> None:
         """Flush and close."""
-        self._board.close()
+        with fsops.explained(self._events):
+            self._board.close()

@@ -83,7 +83,9 @@ class MuonWithAdamW(torch.optim.Optimizer):
             flat.data = _flat(parameter)
             flat.grad = None if parameter.grad is None else parameter.grad.reshape(flat.shape)
             if parameter in self.state:
-                self._muon.state[flat] = self.state[parameter]
+                state = self._muon.state[flat] = self.state[parameter]
+                if "momentum_buffer" in state:  # of a checkpoint it has the parameter's shape
+                    state["momentum_buffer"] = state["momentum_buffer"].view(flat.shape)
         self._muon.step()
         for parameter, flat in pairs:
             flat.grad = None

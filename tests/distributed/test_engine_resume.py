@@ -6,8 +6,11 @@ from typing import Any
 
 import equivalence
 import pytest
+import torch.distributed as dist
 from equivalence import Cell
 from forked_ranks import run_ranks
+
+from cogview2.pipeline.training.state.files import StateReader, file_name, write_rank_state
 
 pytestmark = pytest.mark.distributed
 OFFLOAD = ("offload_optimizer",)
@@ -35,18 +38,24 @@ def _steps(engine: Any, first: int, last: int) -> list[float]:
     return found
 
 
+def _save(engine: Any, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    write_rank_state(folder / file_name(dist.get_rank()), engine.state())
+    dist.barrier()
+
+
 def _work(cells: list[Cell], folder: Path, rank: int) -> dict[str, Any]:
     results = {}
     for cell in cells:
-        checkpoint = str(folder / f"checkpoint of {cell}")
+        checkpoint = folder / f"checkpoint of {cell}"
         engine = equivalence.build(cell, equivalence.json_path(cell, folder), rank)
         _steps(engine, 0, SAVED)
-        engine.save(checkpoint, SAVED)
+        _save(engine, checkpoint)
         straight = _steps(engine, SAVED, STEPS)
         engine.close()
         engine = equivalence.build(cell, equivalence.json_path(cell, folder), rank)
         _steps(engine, 0, 1)  # whatever it held is replaced
-        engine.load(checkpoint)
+        engine.load(StateReader(checkpoint))
         results[str(cell)] = [straight, _steps(engine, SAVED, STEPS)]
         engine.close()
     return results

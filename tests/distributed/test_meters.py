@@ -1,7 +1,9 @@
 """Who holds a job up is named: two real ranks, of which one is slow at one thing."""
 
 import json
+import logging
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,10 +21,13 @@ from cogview2.pipeline.models.coglm.masks import IMAGE
 from cogview2.pipeline.models.coglm.pipe import PipeBlock
 from cogview2.pipeline.stage_dir import StageDirectory
 from cogview2.pipeline.tokenizers.vocabulary import Vocabulary
+from cogview2.pipeline.training.checkpoint import Checkpointer, Identity
 from cogview2.pipeline.training.engine import PlainEngine, TrainingEngine
 from cogview2.pipeline.training.meters import Work
 from cogview2.pipeline.training.modules import Batch, LossOutput, TrainModule
 from cogview2.pipeline.training.preemption import StopFlag
+from cogview2.pipeline.training.state.manifest import Topology
+from cogview2.pipeline.training.straggler import StragglerWatch
 from cogview2.pipeline.training.train_modules.coglm import coglm_engine
 from cogview2.pipeline.training.trainer import Trainer
 
@@ -35,6 +40,8 @@ CASES: dict[str, tuple[Seconds, Seconds]] = {
     "rank 1 reads slowly": ((0.0, SHORT), (LONG, SHORT)),
     "rank 0 computes slowly": ((SHORT, LONG), (SHORT, SHORT)),
 }
+WARNED = {"rank 1 sleeps": ((0.0, 0.0), (0.0, LONG)), "normal": ((0.0, 0.0), (0.0, 0.0))}
+WARNED_STEPS = {"rank 1 sleeps": 20, "normal": 500}
 
 
 class Model(TrainModule):
@@ -50,22 +57,25 @@ class Model(TrainModule):
 
 
 def _fit(rank: int, engine: TrainingEngine, train: TrainConfig, stage: StageDirectory, step: Any) -> None:
+    world = World(rank, 2, rank, torch.device("cpu"))
     batches: Any = SimpleNamespace(step=step, plan=SamplePlan([64], 0), dataset_sha256="0" * 64)
     Trainer(
         engine=engine,
         batches=batches,
         train=train,
         stage=stage,
-        fingerprint="f",
-        world=World(rank, 2, rank, torch.device("cpu")),
+        checkpointer=Checkpointer(
+            stage.checkpoints, world, Identity("f"), Topology(2, 1, 0, "float32"), train.checkpoint
+        ),
+        world=world,
         stop=StopFlag(),
         work=Work(flops_per_sample=1e9, tokens_per_sample=512, images_per_sample=1, peak_flops_per_rank=1e12),
     ).fit()
 
 
-def _data_parallel(rank: int, name: str, stage: StageDirectory) -> None:
-    reading, computing = CASES[name][rank]
-    train = TrainConfig(steps=STEPS, global_batch=4, log_every=STEPS, deepspeed="debug")
+def _data_parallel(rank: int, name: str, stage: StageDirectory, steps: int = STEPS) -> None:
+    reading, computing = (CASES | WARNED)[name][rank]
+    train = TrainConfig(steps=steps, global_batch=4, log_every=steps, deepspeed="debug")
     world = World(rank, 2, rank, torch.device("cpu"))
     torch.manual_seed(0)
     engine = PlainEngine(Model(computing), resolve("debug", train, 2, cpu=True), train.optimizer, world)
@@ -151,6 +161,40 @@ def test_nobody_is_named_in_an_even_job(stages: dict[str, StageDirectory]) -> No
     assert not {"slowest", "slowest_rank", "slowest_ratio"} & set(line)
     beat = stages["even"].heartbeat()
     assert beat is not None and beat.slowest is None
+
+
+def _warnings(folder: Path, *names: str) -> dict[str, list[str]]:
+    """Return what rank 0 of each case warned of."""
+    found = {name: StageDirectory(folder / name, "pretrain_coglm").create() for name in names}
+
+    def work(rank: int) -> dict[str, Any]:
+        said: dict[str, list[str]] = {name: [] for name in names}
+        for name, stage in found.items():
+            handler = logging.Handler(logging.WARNING)
+            handler.emit = lambda record, to=said[name]: to.append(record.getMessage())  # type: ignore[method-assign,misc]
+            logging.getLogger(Trainer.__module__).addHandler(handler)
+            _data_parallel(rank, name, stage, WARNED_STEPS[name])
+            logging.getLogger(Trainer.__module__).removeHandler(handler)
+        return said
+
+    first, second = run_ranks(work, 2)
+    assert not any(second.values())  # once is enough
+    return dict(first)
+
+
+def test_a_rank_that_sleeps_is_warned_of_within_20_steps_and_none_is_in_500_normal_ones(
+    tmp_path: Path,
+) -> None:
+    said = _warnings(tmp_path, *WARNED)
+    assert len(said["rank 1 sleeps"]) == 1 and not said["normal"]
+    assert (
+        ": rank 1 holds the others up: it needs 0.3 s or more to read and compute" in said["rank 1 sleeps"][0]
+    )
+
+
+def test_mutant_nobody_watches_for_stragglers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StragglerWatch, "add", lambda *_: None)
+    assert not _warnings(tmp_path, "rank 1 sleeps")["rank 1 sleeps"]
 
 
 def test_rates_agree_with_each_other(stages: dict[str, StageDirectory]) -> None:

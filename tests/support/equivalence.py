@@ -252,27 +252,33 @@ def write_json(cell: Cell, folder: Path) -> str:
 
 
 def build(
-    cell: Cell, json_path: str, rank: int, start: Path | None = None, *, cpu: bool = True
+    cell: Cell,
+    json_path: str,
+    rank: int,
+    start: Path | None = None,
+    *,
+    cpu: bool = True,
+    model: CogLMConfig = CONFIG,
 ) -> TrainingEngine:
     """Return the cell's engine, by the way that the stage takes."""
     world = World(rank, dist.get_world_size(), rank, torch.device("cpu"))
     train = TRAIN.model_copy(update={"deepspeed": json_path, "pipeline_parallel": cell.pp})
     config = resolve(json_path, train, world.size, cpu=cpu)
     bounds = pipe_stage_bounds(
-        CONFIG,
+        model,
         VOCABULARY.rows,
         cell.pp,
         config["pipeline"]["partition"],
         sequence=TEXT + GRID**2,
         loss_positions=GRID**2,
     )
-    return coglm_engine(CONFIG, VOCABULARY, train, config, bounds, world, SEED, start)
+    return coglm_engine(model, VOCABULARY, train, config, bounds, world, SEED, start)
 
 
-def train(engine: TrainingEngine, steps: int = STEPS) -> Curve:
-    """Train the engine from step 0; losses are those of the global batch."""
+def train(engine: TrainingEngine, steps: int = STEPS, first: int = 0) -> Curve:
+    """Train the engine from step `first` to `steps`; losses are those of the global batch."""
     curve = Curve([], [], [])
-    for step in range(steps):
+    for step in range(first, steps):
         batches: list[Batch] = []
         if engine.needs_data:
             batches = micro_batches(step, engine.data_rank, engine.data_size, engine.accumulation)

@@ -26,6 +26,14 @@ if mode == "wait":
         time.sleep(0.02)
     attempt.write_outcome(0, "preempted", 75, 5, "saved at step 5; the same command goes on from there")
     sys.exit(75)
+if mode == "hang":
+    import os
+    if os.fork() == 0:  # rank 1, stuck where no signal is heeded
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        attempt.write_pid(1)
+        time.sleep(60)
+    attempt.write_outcome(0, "hang", 76, 5, "rank 1 (host a, process 7) is silent, in phase step of step 5")
+    os.wait()
 if mode == "peers":
     signal.signal(signal.SIGUSR1, lambda *_: stop.append(1))
     attempt.write_outcome(0, "numeric", 70, 5, "loss is nan")

@@ -13,9 +13,15 @@ from typing import Any
 import deepspeed
 import deepspeed.comm
 import deepspeed.ops
+import deepspeed.runtime.zero.stage3
+import deepspeed.runtime.zero.stage_1_and_2
 import torch
+import torch._dynamo
+import torch._inductor.compile_fx
+import torch.distributed.fsdp
 
 TIME_LIMIT = 60
+# What engines and optimizers import late is imported above: once here, not in every fork.
 
 
 def plain(value: Any) -> Any:

@@ -22,6 +22,7 @@ from cogview2.pipeline.errors import CheckpointError
 from cogview2.pipeline.models.coglm.loss import PART_NAMES, LabelRanges, coglm_loss
 from cogview2.pipeline.models.coglm.model import CogLM
 from cogview2.pipeline.models.coglm.visibility import visibility_of
+from cogview2.pipeline.models.not_finite import spoil_gradient
 from cogview2.pipeline.models.transformer.block import Block
 from cogview2.pipeline.models.transformer.init import Embedding, seeded
 from cogview2.pipeline.models.transformer.norm import LayerNorm
@@ -114,6 +115,7 @@ class PipeLoss:
         parts = coglm_loss(*outputs, labels_BS, loss_mask_BS, self.ranges, loss_weights_BS, self.mass)
         values = torch.cat([parts.sums, parts.counts])
         self.parts = OrderedDict(zip(self.parts, values.unbind(), strict=True))
+        spoil_gradient(parts.loss)
         return parts.loss
 
 

@@ -1,6 +1,7 @@
 """The command line: fast, torch-free, one sentence for each refusal, exit codes with a meaning."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -80,7 +81,7 @@ def test_help_lists_only_commands_that_exist(capsys: pytest.CaptureFixture[str])
     text = capsys.readouterr().out
     built = set(cli.child_commands())
     for name in cli._CHILD_COMMANDS:
-        assert (f"    {name} " in text) == (name in built)
+        assert (re.search(rf"^    {name}\b", text, re.MULTILINE) is not None) == (name in built)
     assert "doctor" in built
     assert "    submit " in text
 

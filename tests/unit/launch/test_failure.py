@@ -6,10 +6,17 @@ from types import SimpleNamespace
 import pytest
 
 from cogview2.launch import process
-from cogview2.launch.failure import Losses, PeerStop, explain, rank_words, was_interrupted
+from cogview2.launch.failure import (
+    Losses,
+    PeerStop,
+    explain,
+    rank_words,
+    record_silent_ends,
+    was_interrupted,
+)
 from cogview2.launch.job import Command, Host, JobSpec
 from cogview2.launch.process import JobGroup
-from cogview2.pipeline.attempt import STOPPED, Attempt
+from cogview2.pipeline.attempt import HUNG, STOPPED, Attempt, Beat
 from cogview2.pipeline.stage_dir import StageDirectory
 
 
@@ -138,6 +145,78 @@ def test_peers_are_stopped_a_while_after_a_failure(spec: JobSpec, monkeypatch: p
     assert not stopped_after(10)
     assert not stopped_after(process.PEER_SECONDS - 1)
     assert stopped_after(1.5) and not job.interrupted
+
+
+def test_a_job_that_hangs_is_killed_once_its_ranks_had_time_to_say_so(
+    spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("cogview2.launch.failure.time", SimpleNamespace(monotonic=lambda: now[0]))
+    attempt = Attempt(spec.folder)
+    job = job_of(attempt, "ranks", None)
+    peers = PeerStop(attempt, job, asks=False)
+    attempt.write_outcome(1, HUNG, 76, 3, "rank 2 is silent")
+    killed = []
+    for _ in range(10):
+        peers.look()
+        killed.append(job.killed)
+        now[0] += 1.0
+    assert killed == [False] * 5 + [True] * 5
+
+
+def test_a_job_that_merely_failed_is_left_to_the_launcher_that_minds_it(
+    spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("cogview2.launch.failure.time", SimpleNamespace(monotonic=lambda: now[0]))
+    attempt = Attempt(spec.folder)
+    job = job_of(attempt, "ranks", None)
+    peers = PeerStop(attempt, job, asks=False)
+    attempt.write_outcome(1, "NumericError", 70, 3, "nan")
+    for _ in range(5):
+        peers.look()
+        now[0] += 100.0
+    assert not job.killed and not job.stopping
+
+
+def silent_end(attempt: Attempt, step: int) -> None:
+    """Rank 1 dies without a word, and rank 0 says so."""
+    attempt.prepare_beats()
+    (attempt.path / "rank-0.pid").write_text("17")
+    (attempt.path / "rank-1.pid").write_text("18")
+    attempt.write_beat(Beat(1, "a", 18, "step", step, 40, 1000.0, 1001.0))
+    attempt.write_outcome(0, "RuntimeError", 1, step, "connection closed by peer", at=1001.5)
+
+
+def test_a_rank_that_ended_without_a_word_is_named_with_its_last_step(spec: JobSpec) -> None:
+    attempt = Attempt(spec.folder)
+    silent_end(attempt, 7)
+    job = job_of(attempt, "ranks", 1)
+    record_silent_ends(attempt, job, 1)
+    _, lines = explain(spec, attempt, job, 1, [])
+    assert lines[0].startswith("rank 1 failed first at step 7: killed: it ended without a word")
+    assert "in phase step of step 7" in lines[0]
+
+
+def test_a_rank_that_left_nothing_but_its_stacks_hung(spec: JobSpec) -> None:
+    attempt = Attempt(spec.folder)
+    silent_end(attempt, 7)
+    attempt.stacks(1).write_text("Timeout (0:00:05)!")
+    job = job_of(attempt, "ranks", 1)
+    record_silent_ends(attempt, job, 1)
+    code, lines = explain(spec, attempt, job, 1, [])
+    assert code == 76 and lines[0].startswith("the job hung, noticed by rank 1: it was stuck where")
+    assert str(attempt.stacks(1)) in lines[0]
+
+
+@pytest.mark.parametrize("why", ["good", "killed", "interrupted", "agents"])
+def test_no_end_is_invented(spec: JobSpec, why: str) -> None:
+    attempt = Attempt(spec.folder)
+    silent_end(attempt, 7)
+    job = job_of(attempt, "stdin" if why == "agents" else "ranks", 1)
+    job.killed, job.interrupted = why == "killed", why == "interrupted"
+    record_silent_ends(attempt, job, 0 if why == "good" else 1)
+    assert attempt.outcome(1) is None
 
 
 def test_words() -> None:

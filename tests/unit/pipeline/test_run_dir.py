@@ -14,7 +14,7 @@ import pytest
 from cogview2.pipeline.attempt import note_step, noted_step, redacted
 from cogview2.pipeline.config.loading import load_recipe
 from cogview2.pipeline.config.stages import STAGES, Recipe
-from cogview2.pipeline.errors import CheckpointError, LockedError, RunDirectoryError
+from cogview2.pipeline.errors import CheckpointError, DataError, LockedError, RunDirectoryError
 from cogview2.pipeline.run_dir import (
     DEPENDENCIES,
     MODEL_FILES,
@@ -69,11 +69,25 @@ def test_done_is_the_record_and_its_files(run: RunDirectory, recipe: Recipe) -> 
     assert record.versions["cogview2"]
     stage.check_outputs(record)
     (stage.output / "result.bin").write_text("longer")
-    with pytest.raises(RunDirectoryError, match="has 6 bytes, but .* made 1 bytes; restore it, or delete"):
+    with pytest.raises(DataError, match=r"has 6 bytes \(1 were made\); restore this, or delete"):
         stage.check_outputs(record)
     (stage.output / "result.bin").unlink()
-    with pytest.raises(RunDirectoryError, match="is gone"):
+    with pytest.raises(DataError, match=r"output/result\.bin is gone"):
         stage.check_outputs(record)
+
+
+def test_everything_that_is_missing_is_named_at_once(run: RunDirectory) -> None:
+    stage = run.stage("shard_dataset").create()
+    names = [f"train-{number:06d}.tar" for number in range(30)]
+    for name in names:
+        (stage.output / name).write_text(name)
+    record = stage.write_done({}, stage.output_files(), "f")
+    for name in names[::2]:
+        (stage.output / name).unlink()
+    with pytest.raises(DataError) as caught:
+        stage.check_outputs(record)
+    assert caught.value.exit_code == 78
+    assert [name for name in names if f"{name} is gone" in str(caught.value)] == names[::2]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"stage": "x", "outputs": {}}', "null"])

@@ -150,9 +150,9 @@ def test_damaged_index(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "word"),
     [
-        (b'"samples": 4', b'"samples": 5', "fingerprint"),
-        (b"train-000001.tar", b"../../etc/passwd", "fingerprint"),
-        (b'"format": 1', b'"format": 9', "format"),
+        (b'"samples": 4', b'"samples": 5', "own sha256"),
+        (b"train-000001.tar", b"../../etc/passwd", "own sha256"),
+        (b'"format": 2', b'"format": 9', "format"),
         (b'"shards"', b'"shreds"', "damaged"),
         (b"{", b"[", "cannot read"),
     ],

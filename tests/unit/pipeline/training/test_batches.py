@@ -39,6 +39,7 @@ class Pictures:
     def __init__(self) -> None:
         self.fingerprint, self.description = "f" * 64, "grey pictures"
         self.reads = 0
+        self.keys = [f"p{index}" for index in range(COUNT)]
 
     def read(self, index: int) -> RawPair:
         self.reads += 1
@@ -319,3 +320,19 @@ def test_superres_samples_have_the_codes_as_labels(tmp_path: Path) -> None:
         assert np.array_equal(sample.labels[-64:], pair.superres_codes)
         assert int(sample.loss_mask.sum()) == masked > 0
     assert 0 < iterative.loss_mask.sum() < 64
+
+
+def test_every_kind_names_the_samples_of_a_batch(tmp_path: Path) -> None:
+    index, text = shards(tmp_path / "s"), text_shards(tmp_path / "t")
+    named = pair_batches(index, global_batch=10, make=lambda pair, rng: pair.key, only_superres=True)
+    assert named.keys(3) == named.samples(3)  # type: ignore[comparison-overlap]
+    pairs = [pair_batches(index, rank, 2, global_batch=12) for rank in range(2)]
+    common = {"seed": 5, "text_batch": 4, "accumulation": 2, "data_size": 2}
+    mixed = [MixedBatches(part, text, data_rank=rank, **common) for rank, part in enumerate(pairs)]  # type: ignore[arg-type]
+    for part, whole in zip(pairs, mixed, strict=True):
+        keys = whole.keys(3)
+        assert keys[:6] == part.keys(3) and len(keys) == 8
+        assert all(key in "012345678" for key in keys[6:])
+    pictures = image_batches(("superres",), rank=1, size=2, accumulation=1)
+    shown = [round(float(picture[1, 0, 0]) * 255) for picture in pictures.step(2)[0]["pixels"]]
+    assert pictures.keys(2) == [f"p{number}" for number in shown]

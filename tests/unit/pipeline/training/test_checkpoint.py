@@ -1,49 +1,68 @@
-import json
+"""A checkpoint is committed whole or not at all, verified before it is read, and never silently replaced by step 0."""
+
+import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from cogview2.pipeline import fsops
+from cogview2.pipeline.config.training import CheckpointConfig
 from cogview2.pipeline.data.sample_plan import DataState, SamplePlan
 from cogview2.pipeline.distributed.process import World
-from cogview2.pipeline.errors import CheckpointError
-from cogview2.pipeline.training.checkpoint import MANIFEST, Checkpointer, verify
+from cogview2.pipeline.errors import CheckpointError, LockedError, RunDirectoryError
+from cogview2.pipeline.training import checkpoint
+from cogview2.pipeline.training.checkpoint import Checkpointer, Identity
+from cogview2.pipeline.training.state.files import WEIGHT, Entry, RankState, StateReader
+from cogview2.pipeline.training.state.manifest import MANIFEST, Topology, committed_steps, verify
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 PLAN = SamplePlan([10], 3)
+STATE = "rank_00000.safetensors"
+ONE_RANK = Topology(1, 1, 0, "float32")
 
 
 class FakeEngine:
-    """Saves one number, as an engine saves its state; fails on demand."""
+    """Has one parameter with one number; fails on demand."""
 
-    def __init__(self, value: int = 0) -> None:
+    def __init__(self, value: float = 0) -> None:
         self.value = value
-        self.broken = False
+        self.broken: Exception | None = None
 
-    def save(self, folder: str, step: int) -> None:
-        (Path(folder) / "ds").mkdir()
-        (Path(folder) / "ds" / "state.json").write_text(json.dumps(self.value))
-        (Path(folder) / "zero_to_fp32.py").write_text("print('never run')")
-        if self.broken:
-            raise OSError(28, "No space left on device")
+    def state(self) -> RankState:
+        if self.broken is not None:
+            raise self.broken
+        return RankState({Entry(WEIGHT, 0, "w"): torch.tensor([float(self.value)])}, {"w": (1,)})
 
-    def load(self, folder: str) -> None:
-        self.value = json.loads((Path(folder) / "ds" / "state.json").read_text())
+    def load(self, reader: StateReader) -> None:
+        self.value = reader.whole("w").item()
 
 
 def checkpointer(
-    folder: Path, fingerprint: str = "a", keep_last: int = 2, world: World = WORLD
+    folder: Path,
+    fingerprint: str = "a",
+    settings: dict[str, object] | None = None,
+    topology: Topology = ONE_RANK,
+    fence: object = None,
+    **config: object,
 ) -> Checkpointer:
-    return Checkpointer(folder, world, fingerprint, keep_last)
+    identity = Identity(fingerprint, settings or {}, 7)
+    return Checkpointer(folder, WORLD, identity, topology, CheckpointConfig(**config), fence)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "stage" / "checkpoints").mkdir(parents=True)
+    return tmp_path / "stage" / "checkpoints"
 
 
 def save(folder: Path, *steps: int, **options: object) -> None:
     for step in steps:
         meters = torch.full((2, 3), float(step))
-        checkpointer(folder, **options).save(
-            FakeEngine(step * 10), step, DataState.at(PLAN, "data", step * 4), meters
-        )  # type: ignore[arg-type]
+        writer = checkpointer(folder, **options)
+        writer.save(FakeEngine(step * 10), step, DataState.at(PLAN, "data", step * 4), meters)  # type: ignore[arg-type]
+        writer.finish()
 
 
 def flip(path: Path) -> None:
@@ -52,49 +71,49 @@ def flip(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
-def test_restore_gives_back_everything_and_the_random_state(tmp_path: Path) -> None:
+def test_restore_gives_back_everything_and_the_random_state(folder: Path) -> None:
     torch.manual_seed(5)
-    save(tmp_path, 2)
+    save(folder, 2)
     expected = torch.rand(3)
     torch.manual_seed(99)
     engine = FakeEngine()
-    restored = checkpointer(tmp_path).restore(engine)  # type: ignore[arg-type]
+    restored = checkpointer(folder).restore(engine)  # type: ignore[arg-type]
     assert restored is not None
     assert (restored.step, restored.data, engine.value) == (2, DataState.at(PLAN, "data", 8), 20)
     assert torch.equal(restored.meters, torch.full((2, 3), 2.0))
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_nothing_there_is_a_fresh_start(tmp_path: Path) -> None:
-    assert checkpointer(tmp_path).restore(FakeEngine()) is None  # type: ignore[arg-type]
+def test_nothing_there_is_a_fresh_start(folder: Path) -> None:
+    assert checkpointer(folder).restore(FakeEngine()) is None  # type: ignore[arg-type]
 
 
-def test_checkpoints_hold_no_script(tmp_path: Path) -> None:
-    save(tmp_path, 2)
-    assert not list(tmp_path.rglob("*.py"))
-    assert (tmp_path / "latest").read_text() == "step_000000002\n"
+def test_checkpoints_hold_no_script(folder: Path) -> None:
+    save(folder, 2)
+    assert not list(folder.rglob("*.py"))
+    assert (folder / "latest").read_text() == "step_000000002\n"
 
 
-def test_keep_last_removes_the_oldest(tmp_path: Path) -> None:
-    save(tmp_path, 1, 2, 3, 4, keep_last=3)
-    assert checkpointer(tmp_path).steps() == [2, 3, 4]
-    assert not list(tmp_path.glob(".*"))
+def test_keep_last_removes_the_oldest(folder: Path) -> None:
+    save(folder, 1, 2, 3, 4, keep_last=3)
+    assert committed_steps(folder) == [2, 3, 4]
+    assert not list(folder.glob(".*"))
 
 
-def test_saving_a_step_again_changes_nothing(tmp_path: Path) -> None:
-    save(tmp_path, 2)
-    before = (tmp_path / "step_000000002" / MANIFEST).read_bytes()
-    checkpointer(tmp_path).save(FakeEngine(7), 2, DataState.at(PLAN, "data", 8), torch.zeros(2, 3))  # type: ignore[arg-type]
-    assert (tmp_path / "step_000000002" / MANIFEST).read_bytes() == before
+def test_saving_a_step_again_changes_nothing(folder: Path) -> None:
+    save(folder, 2)
+    before = (folder / "step_000000002" / MANIFEST).read_bytes()
+    checkpointer(folder).save(FakeEngine(7), 2, DataState.at(PLAN, "data", 8), torch.zeros(2, 3))  # type: ignore[arg-type]
+    assert (folder / "step_000000002" / MANIFEST).read_bytes() == before
 
 
-def test_leftovers_of_a_killed_save_are_removed_and_not_used(tmp_path: Path) -> None:
-    save(tmp_path, 2)
+def test_leftovers_of_a_killed_save_are_removed_and_not_used(folder: Path) -> None:
+    save(folder, 2)
     for name in (".staging.step_000000004", ".trash.step_000000001.ab12"):
-        shutil.copytree(tmp_path / "step_000000002", tmp_path / name)
-    restored = checkpointer(tmp_path).restore(FakeEngine())  # type: ignore[arg-type]
+        shutil.copytree(folder / "step_000000002", folder / name)
+    restored = checkpointer(folder).restore(FakeEngine())  # type: ignore[arg-type]
     assert restored is not None and restored.step == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_000000002"]
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_000000002"]
 
 
 def _no_manifest(folder: Path) -> None:
@@ -102,11 +121,11 @@ def _no_manifest(folder: Path) -> None:
 
 
 def _flipped_state(folder: Path) -> None:
-    flip(folder / "ds" / "state.json")
+    flip(folder / STATE)
 
 
-def _flipped_random_state(folder: Path) -> None:
-    flip(folder / "rng_rank0.pt")
+def _flipped_data_state(folder: Path) -> None:
+    flip(folder / "data_state.json")
 
 
 def _flipped_manifest(folder: Path) -> None:
@@ -119,11 +138,11 @@ def _lost_file(folder: Path) -> None:
 
 
 def _cut_file(folder: Path) -> None:
-    (folder / "rng_rank0.pt").write_bytes((folder / "rng_rank0.pt").read_bytes()[:-1])
+    (folder / STATE).write_bytes((folder / STATE).read_bytes()[:-1])
 
 
 def _additional_file(folder: Path) -> None:
-    (folder / "ds" / "extra.pt").write_bytes(b"?")
+    (folder / "extra.pt").write_bytes(b"?")
 
 
 def _not_an_object(folder: Path) -> None:
@@ -133,7 +152,7 @@ def _not_an_object(folder: Path) -> None:
 DAMAGES = [
     _no_manifest,
     _flipped_state,
-    _flipped_random_state,
+    _flipped_data_state,
     _flipped_manifest,
     _lost_file,
     _cut_file,
@@ -143,55 +162,218 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_one_goes_to_quarantine_and_the_one_before_is_used(tmp_path: Path, damage) -> None:  # noqa: ANN001
-    save(tmp_path, 2, 4)
-    damage(tmp_path / "step_000000004")
+def test_a_damaged_one_goes_to_quarantine_and_the_one_before_is_used(folder: Path, damage) -> None:  # noqa: ANN001
+    save(folder, 2, 4)
+    damage(folder / "step_000000004")
     with pytest.raises(CheckpointError):
-        verify(tmp_path / "step_000000004")
+        verify(folder / "step_000000004")
     engine = FakeEngine()
-    restored = checkpointer(tmp_path).restore(engine)  # type: ignore[arg-type]
+    restored = checkpointer(folder).restore(engine)  # type: ignore[arg-type]
     assert restored is not None
     assert (restored.step, engine.value) == (2, 20)
-    assert [path.name for path in (tmp_path / "quarantine").iterdir()] == ["step_000000004.0"]
-    save(tmp_path, 4)
-    assert checkpointer(tmp_path).restore(engine).step == 4  # type: ignore[arg-type,union-attr]
+    assert [path.name for path in (folder / "quarantine").iterdir()] == ["step_000000004.0"]
+    save(folder, 4)
+    assert checkpointer(folder).restore(engine).step == 4  # type: ignore[arg-type,union-attr]
 
 
-def test_a_renamed_checkpoint_is_not_believed(tmp_path: Path) -> None:
-    save(tmp_path, 2)
-    shutil.copytree(tmp_path / "step_000000002", tmp_path / "step_000000009")
-    restored = checkpointer(tmp_path).restore(FakeEngine())  # type: ignore[arg-type]
+def test_a_renamed_checkpoint_is_not_believed(folder: Path) -> None:
+    save(folder, 2)
+    shutil.copytree(folder / "step_000000002", folder / "step_000000009")
+    restored = checkpointer(folder).restore(FakeEngine())  # type: ignore[arg-type]
     assert restored is not None and restored.step == 2
 
 
-def test_all_bad_is_refused_now_and_at_the_next_start(tmp_path: Path) -> None:
-    save(tmp_path, 2, 4)
+def test_all_bad_is_refused_now_and_at_the_next_start(folder: Path) -> None:
+    save(folder, 2, 4)
     for step in (2, 4):
-        flip(tmp_path / f"step_{step:09d}" / "ds" / "state.json")
+        flip(folder / f"step_{step:09d}" / STATE)
     for _ in range(2):  # the same command again must not begin at step 0 either
-        with pytest.raises(CheckpointError, match="no good checkpoint is left"):
-            checkpointer(tmp_path).restore(FakeEngine())  # type: ignore[arg-type]
+        with pytest.raises(CheckpointError, match="step 4 was committed, but no good checkpoint is left"):
+            checkpointer(folder).restore(FakeEngine())  # type: ignore[arg-type]
 
 
-def test_another_fingerprint_is_refused_and_stays(tmp_path: Path) -> None:
-    save(tmp_path, 2)
-    with pytest.raises(CheckpointError, match="another section, seed or input"):
-        checkpointer(tmp_path, fingerprint="b").restore(FakeEngine())  # type: ignore[arg-type]
-    assert checkpointer(tmp_path).steps() == [2]
+def test_another_fingerprint_is_refused_and_stays(folder: Path) -> None:
+    save(folder, 2)
+    with pytest.raises(CheckpointError, match="was trained from other inputs or by another version"):
+        checkpointer(folder, fingerprint="b").restore(FakeEngine())  # type: ignore[arg-type]
+    assert committed_steps(folder) == [2]
 
 
-def test_another_number_of_ranks_is_refused(tmp_path: Path) -> None:
-    save(tmp_path, 2)
-    two = World(0, 2, 0, torch.device("cpu"))
-    with pytest.raises(CheckpointError, match="launch.ranks=1"):
-        checkpointer(tmp_path, world=two).restore(FakeEngine())  # type: ignore[arg-type]
+def test_what_differs_is_named_with_both_values(folder: Path) -> None:
+    save(folder, 2, settings={"coglm.model.layers": 3, "seed": 1})
+    now = checkpointer(folder, fingerprint="b", settings={"coglm.model.layers": 4, "seed": 2})
+    with pytest.raises(
+        CheckpointError,
+        match=r"trained with coglm\.model\.layers = 3, this job has 4 \(and 1 more\); restore the old value",
+    ):
+        now.restore(FakeEngine())  # type: ignore[arg-type]
 
 
-def test_a_failed_save_leaves_the_one_before(tmp_path: Path) -> None:
-    save(tmp_path, 2)
+def test_another_precision_is_refused_naming_both_topologies(folder: Path) -> None:
+    save(folder, 2)
+    now = checkpointer(folder, topology=Topology(4, 2, 1, "bfloat16"))
+    with pytest.raises(
+        CheckpointError,
+        match="saved with 1 rank, ZeRO 0, float32, this job has 4 ranks, ZeRO 1, 2 pipe stages, bfloat16",
+    ):
+        now.restore(FakeEngine())  # type: ignore[arg-type]
+
+
+def test_another_topology_is_taken_over_with_random_streams_of_its_own(folder: Path) -> None:
+    save(folder, 2)
+    now = checkpointer(folder, topology=Topology(1, 1, 1, "float32"))
+    engine = FakeEngine()
+    restored = now.restore(engine)  # type: ignore[arg-type]
+    assert restored is not None and engine.value == 20
+    drawn = torch.rand(3)
+    assert torch.equal(restored.meters, torch.full((2, 3), 2.0))
+    now.restore(engine)  # type: ignore[arg-type]
+    assert torch.equal(torch.rand(3), drawn)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (OSError(28, "No space left on device"), RunDirectoryError, "No space left"),
+        (CheckpointError("a number is not finite"), CheckpointError, "not finite"),
+    ],
+)
+def test_a_failed_save_leaves_the_one_before(
+    folder: Path, error: Exception, kind: type[Exception], words: str
+) -> None:
+    save(folder, 2)
     broken = FakeEngine(1)
-    broken.broken = True
-    with pytest.raises(CheckpointError, match=r"rank 0 could not write.*No space left.*before is untouched"):
-        checkpointer(tmp_path).save(broken, 4, DataState.at(PLAN, "data", 16), torch.zeros(2, 3))  # type: ignore[arg-type]
-    restored = checkpointer(tmp_path).restore(FakeEngine())  # type: ignore[arg-type]
+    broken.broken = error
+    with pytest.raises(kind, match=words):
+        checkpointer(folder).save(broken, 4, DataState.at(PLAN, "data", 16), torch.zeros(2, 3))  # type: ignore[arg-type]
+    restored = checkpointer(folder).restore(FakeEngine())  # type: ignore[arg-type]
     assert restored is not None and restored.step == 2
+
+
+def test_a_state_that_is_not_finite_is_never_committed(folder: Path) -> None:
+    save(folder, 2)
+    with pytest.raises(
+        CheckpointError, match=r"state/weight/0/w holds numbers that are not finite.*is untouched"
+    ):
+        save_value(folder, 4, float("nan"))
+    assert committed_steps(folder) == [2]
+
+
+def save_value(folder: Path, step: int, value: float) -> None:
+    checkpointer(folder).save(FakeEngine(value), step, DataState.at(PLAN, "data", 16), torch.zeros(2, 3))  # type: ignore[arg-type]
+
+
+def test_checkpoints_that_vanished_are_not_a_fresh_start(folder: Path) -> None:
+    save(folder, 2)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    with pytest.raises(
+        CheckpointError, match=r"step 2 was committed, but no good checkpoint is left.*to begin at step 0"
+    ):
+        checkpointer(folder).restore(FakeEngine())  # type: ignore[arg-type]
+    (folder.parent / checkpoint.COMMITTED).write_text("{")
+    with pytest.raises(CheckpointError, match=r"COMMITTED\.json cannot be read"):
+        checkpointer(folder).restore(FakeEngine())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", [None, "", "step_000000009\n", "../other/step_000000001\n", "\0"])
+def test_latest_is_for_people_only(folder: Path, text: str | None) -> None:
+    save(folder, 2, 4)
+    (folder / "latest").unlink()
+    if text is not None:
+        (folder / "latest").write_text(text)
+    restored = checkpointer(folder).restore(FakeEngine())  # type: ignore[arg-type]
+    assert restored is not None and restored.step == 4
+
+
+def test_a_bad_checkpoint_of_the_step_that_is_saved_is_put_aside_first(folder: Path) -> None:
+    save(folder, 2, 4)
+    flip(folder / "step_000000004" / STATE)
+    save_value(folder, 4, 41)
+    engine = FakeEngine()
+    restored = checkpointer(folder).restore(engine)  # type: ignore[arg-type]
+    assert restored is not None and (restored.step, engine.value) == (4, 41)
+    assert (folder / "quarantine" / "step_000000004.0").is_dir()
+
+
+def test_every_mth_is_kept(folder: Path) -> None:
+    save(folder, *range(1, 9), keep_last=2, keep_every=3)
+    assert committed_steps(folder) == [3, 6, 7, 8]
+
+
+def test_too_little_space_is_said_before_anything_is_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(folder, 2)
+    real = os.statvfs(folder)
+
+    class Full:
+        f_bavail, f_frsize = 1, real.f_frsize
+
+    monkeypatch.setattr(fsops.os, "statvfs", lambda _: Full)
+    with pytest.raises(RunDirectoryError, match=r"needs 0\.00 GB, its disk has 0\.00 GB left; free space"):
+        save(folder, 4)
+    assert not list(folder.glob(".staging*"))
+
+
+class Lost:
+    """A lock that somebody took over."""
+
+    token = 3
+
+    def check(self) -> None:
+        raise LockedError("another job has it")
+
+
+def test_a_job_whose_lock_was_taken_over_commits_nothing(folder: Path) -> None:
+    save(folder, 2)
+    with pytest.raises(CheckpointError, match="another job has it"):
+        save(folder, 4, fence=Lost())
+    assert committed_steps(folder) == [2]
+
+
+# --- in the background ------------------------------------------------------------------------------------------
+
+
+def test_a_state_is_copied_and_committed_later(folder: Path) -> None:
+    writer, engine = checkpointer(folder, asynchronous=True), FakeEngine(1)
+    assert not writer.ready
+    writer.save(engine, 2, DataState.at(PLAN, "data", 8), torch.zeros(2, 3))  # type: ignore[arg-type]
+    engine.value = 5
+    assert committed_steps(folder) == []
+    writer.save(engine, 4, DataState.at(PLAN, "data", 16), torch.zeros(2, 3))  # type: ignore[arg-type]
+    assert committed_steps(folder) == [2]
+    writer.finish()
+    assert committed_steps(folder) == [2, 4] and not writer.ready
+    assert StateReader(folder / "step_000000002").whole("w").item() == 1
+
+
+def test_the_copy_is_not_what_training_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.ones(4)
+
+    class InPlace(FakeEngine):
+        def state(self) -> RankState:
+            return RankState({Entry(WEIGHT, 0, "w"): weight}, {"w": (4,)})
+
+    writer = checkpointer(folder, asynchronous=True)
+    writer.save(InPlace(), 2, DataState.at(PLAN, "data", 8), torch.zeros(2, 3))  # type: ignore[arg-type]
+    weight.fill_(9)
+    writer.finish()
+    assert StateReader(folder / "step_000000002").whole("w").tolist() == [1, 1, 1, 1]
+
+
+def test_going_back_forgets_what_is_being_written(folder: Path) -> None:
+    save(folder, 2)
+    writer = checkpointer(folder, asynchronous=True)
+    writer.save(FakeEngine(1), 4, DataState.at(PLAN, "data", 16), torch.zeros(2, 3))  # type: ignore[arg-type]
+    restored = writer.restore(FakeEngine())  # type: ignore[arg-type]
+    assert restored is not None and restored.step == 2
+    writer.finish()
+    assert committed_steps(folder) == [2] and not list(folder.glob(".staging*"))
+
+
+def test_an_error_in_the_background_is_raised_by_finish(folder: Path) -> None:
+    writer = checkpointer(folder, asynchronous=True)
+    writer.save(FakeEngine(float("inf")), 2, DataState.at(PLAN, "data", 8), torch.zeros(2, 3))  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="not finite"):
+        writer.finish()
