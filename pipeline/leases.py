@@ -125,7 +125,8 @@ class Lease:
         found = newest(self.folder)
         if found is None:
             return "its lease files were deleted"
-        if found.token == self.token and found.about == self._about:
+        # What cannot be read just now is not another's: only a higher token, or another name, is.
+        if found.token == self.token and found.about in ({}, self._about):
             return None
         host, pid = found.about.get("host", "?"), found.about.get("pid", "?")
         return f"process {pid} on host {host} took it over with token {found.token}"

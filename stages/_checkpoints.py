@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from cogview2.pipeline.config.deepspeed import weights_dtype
+from cogview2.pipeline.config.deepspeed import precision
 from cogview2.pipeline.config.training import TrainConfig
 from cogview2.pipeline.stage_dir import StageDirectory
-from cogview2.pipeline.training.checkpoint import Checkpointer, Identity
+from cogview2.pipeline.training.checkpoint import Checkpointer
+from cogview2.pipeline.training.state.identity import Identity
 from cogview2.pipeline.training.state.manifest import Topology
 from cogview2.stages._runner import StageContext
 
@@ -28,6 +29,6 @@ def checkpointer(
         ranks=context.world.size,
         pipe_stages=train.pipeline_parallel,
         zero=deepspeed["zero_optimization"]["stage"],
-        precision=weights_dtype(dict(deepspeed)),
+        precision=precision(dict(deepspeed)),
     )
     return Checkpointer(unit.checkpoints, context.world, identity, topology, train.checkpoint, context.lock)

@@ -10,7 +10,7 @@ from cogview2.pipeline.data.shard_index import ShardIndex
 from cogview2.pipeline.distributed.seeding import seed_everything
 from cogview2.pipeline.models.coglm.model import CogLM
 from cogview2.pipeline.tokenizers.vocabulary import Vocabulary
-from cogview2.pipeline.training.batches import MixedBatches, PairBatches, coglm_sample, text_share
+from cogview2.pipeline.training.batches import MixedBatches, Mixture, PairBatches, coglm_sample
 from cogview2.pipeline.training.engine import PlainEngine, TrainingEngine, export_weights
 from cogview2.pipeline.training.train_modules.coglm import coglm_engine
 from cogview2.pipeline.training.trainer import StepBatches, Trainer
@@ -44,7 +44,9 @@ def _batches(context: StageContext, vocabulary: Vocabulary, engine: TrainingEngi
     recipe, shards = context.recipe, context.run.stage("shard_dataset").output
     train, objectives = recipe.coglm.train, recipe.coglm.objectives
     make: Any = partial(coglm_sample, objectives=objectives, config=recipe.coglm.model, vocabulary=vocabulary)
-    share = text_share(train.global_batch, objectives.text_weight, engine.data_size * engine.accumulation)
+    weight, shape = objectives.text_weight, (engine.data_rank, engine.data_size)
+    mixture = Mixture.of(train.global_batch, weight, *shape) if weight else None
+    text = 0 if mixture is None else mixture.text_batch
     common: dict[str, Any] = {
         "seed": recipe.seed,
         "accumulation": engine.accumulation,
@@ -52,15 +54,20 @@ def _batches(context: StageContext, vocabulary: Vocabulary, engine: TrainingEngi
         "data_size": engine.data_size,
     }
     pairs = PairBatches(
-        ShardIndex.load(shards / "train"), make, "coglm", global_batch=train.global_batch - share, **common
+        ShardIndex.load(shards / "train"),
+        make,
+        "coglm",
+        global_batch=train.global_batch - text,
+        part=None if mixture is None else mixture.pairs,
+        **common,
     )
-    if not share:
+    if mixture is None:
         return pairs
     normalisation = objectives.loss_normalisation
     return MixedBatches(
         pairs,
         ShardIndex.load(shards / "text"),
-        text_batch=share,
+        mixture,
         loss_normalisation=normalisation,
         **common,
     )

@@ -28,8 +28,9 @@ from cogview2.pipeline.config.model import CogLMConfig, VocabularyConfig
 from cogview2.pipeline.config.training import CheckpointConfig, TrainConfig
 from cogview2.pipeline.data.sample_plan import DataState, SamplePlan
 from cogview2.pipeline.distributed.process import World, barrier, gather_objects
-from cogview2.pipeline.training.checkpoint import Checkpointer, Identity
+from cogview2.pipeline.training.checkpoint import Checkpointer
 from cogview2.pipeline.training.engine import PlainEngine
+from cogview2.pipeline.training.state.identity import Identity
 from cogview2.pipeline.training.state.manifest import Topology
 from cogview2.pipeline.training.train_modules.coglm import CogLMTrainModule
 

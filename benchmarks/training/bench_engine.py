@@ -30,13 +30,14 @@ from cogview2.pipeline.config.training import TrainConfig
 from cogview2.pipeline.data.sample_plan import SamplePlan
 from cogview2.pipeline.distributed.process import World, barrier, gather_objects
 from cogview2.pipeline.stage_dir import StageDirectory
-from cogview2.pipeline.training.checkpoint import Checkpointer, Identity
+from cogview2.pipeline.training.checkpoint import Checkpointer
 from cogview2.pipeline.training.engine import PlainEngine
 from cogview2.pipeline.training.meters import Work
 from cogview2.pipeline.training.modules import Batch, TrainModule
 from cogview2.pipeline.training.optimizers import parameter_groups
 from cogview2.pipeline.training.preemption import StopFlag
 from cogview2.pipeline.training.schedules import learning_rate
+from cogview2.pipeline.training.state.identity import Identity
 from cogview2.pipeline.training.state.manifest import Topology
 from cogview2.pipeline.training.train_modules.coglm import CogLMTrainModule
 from cogview2.pipeline.training.trainer import Trainer

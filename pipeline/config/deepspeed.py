@@ -198,6 +198,11 @@ def _zero_problems(how: DeepSpeedJson) -> Iterator[str]:
     zero = how.zero_optimization
     if zero.offload_optimizer is not None and zero.stage == 0:
         yield "offload_optimizer has no effect with zero_optimization.stage 0; use stage 1, 2 or 3, or delete it"
+    if zero.round_robin_gradients:
+        yield (
+            "round_robin_gradients hands out masters of other parameters (DeepSpeed's own mapping of names ignores its order), "
+            "so that no checkpoint or export of it would be right; delete it"
+        )
     if zero.offload_param is not None and zero.stage != 3:
         yield f"offload_param needs zero_optimization.stage 3, not {zero.stage}; change one of them"
 
@@ -277,6 +282,17 @@ def _resolve_optimizer(config: dict[str, Any], optimizer: OptimizerConfig, cpu: 
     }
     if optimizer.kind == "muon":
         del config["optimizer"]  # the engine gets the optimizer itself
+
+
+def precision(config: dict[str, Any]) -> str:
+    """Return in words what decides the rounding of a resolved configuration: weights, autocast, sums of gradients."""
+    weights: str = weights_dtype(config)
+    autocast = config.get("torch_autocast", {})
+    sums = config.get("data_types", {}).get("grad_accum_dtype")
+    words = [weights]
+    words += [f"autocast {autocast.get('dtype', 'bfloat16')}"] if autocast.get("enabled") else []
+    words += [f"sums {sums}"] if sums is not None and weights != "float32" else []
+    return " ".join(words)
 
 
 def weights_dtype(config: dict[str, Any]) -> Literal["float32", "bfloat16", "float16"]:

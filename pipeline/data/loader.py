@@ -34,20 +34,23 @@ class StepLoader(Generic[T]):
         dp_rank: int,
         dp_size: int,
         *,
+        part: range | None = None,
         prefetch: bool = True,
     ) -> None:
-        """Read through `read(index)`; with `prefetch`, another thread calls it (one thread at a time)."""
-        rank_slice(0, global_batch, dp_rank, dp_size)
+        """Read through `read(index)`; with `prefetch`, another thread calls it (one thread at a time).
+
+        `part` is this rank's part of each global batch, where it is not an equal share.
+        """
+        self._part = rank_slice(0, global_batch, dp_rank, dp_size) if part is None else part
         self._read = read
         self._plan = plan
-        self._shape = (global_batch, dp_rank, dp_size)
+        self._global_batch = global_batch
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="step-loader") if prefetch else None
         self._ahead: tuple[int, Future[list[T]]] | None = None
 
     def positions(self, step: int) -> list[tuple[int, int]]:
         """Return (epoch, index) of this rank's samples in `step`, counted from 0."""
-        numbers = rank_slice(step, *self._shape)
-        return self._plan.positions(numbers.start, len(numbers))
+        return self._plan.positions(step * self._global_batch + self._part.start, len(self._part))
 
     def step(self, step: int) -> list[T]:
         """Return this rank's samples of `step`, in the order of `positions`.

@@ -4,6 +4,7 @@ Batch `step` is what that update (from 0) reads, except in a run that leaves bat
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from cogview2.pipeline.data.objectives import (
 )
 from cogview2.pipeline.data.pixels import downsample, load_pixels
 from cogview2.pipeline.data.records import TokenPair
-from cogview2.pipeline.data.sample_plan import SamplePlan
+from cogview2.pipeline.data.sample_plan import SamplePlan, rank_slice
 from cogview2.pipeline.data.shard_index import ShardIndex
 from cogview2.pipeline.data.sources import Source
 from cogview2.pipeline.errors import ConfigError, DataError
@@ -128,8 +129,22 @@ class PairBatches:
         data_rank: int,
         data_size: int,
         only_superres: bool = False,
+        part: range | None = None,
     ) -> None:
-        """Read pairs in the order of the plan; `only_superres` leaves out pairs without high-resolution codes."""
+        """Read pairs in the order of the plan.
+
+        Args:
+            index: of the shards.
+            make: a sample of a pair.
+            salt: names the use of the pairs, see `sample_rng`.
+            seed: of the run.
+            global_batch: pairs of a step, over all ranks.
+            accumulation: micro batches of a step.
+            data_rank: among the data-parallel ranks.
+            data_size: how many they are.
+            only_superres: leave out pairs without high-resolution codes.
+            part: this rank's part of the global batch, where it is not an equal share (`Mixture`).
+        """
         self._index, self._make, self._salt = index, make, salt
         self._seed, self._accumulation = seed, accumulation
         numbers = range(len(index))
@@ -145,7 +160,7 @@ class PairBatches:
         self.plan = SamplePlan(sizes, seed)
         self.dataset_sha256 = index.fingerprint
         self._loader = StepLoader(
-            lambda i: index.read(self._numbers[i]), self.plan, global_batch, data_rank, data_size
+            lambda i: index.read(self._numbers[i]), self.plan, global_batch, data_rank, data_size, part=part
         )
 
     def samples(self, step: int) -> list[Sample]:
@@ -166,6 +181,43 @@ class PairBatches:
         return [self._index.locate(self._numbers[index])[1].key for _, index in self._loader.positions(step)]
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """Which samples of a global batch are text, and which of them are this rank's; the former is the same for any ranks."""
+
+    text_batch: int
+    """Samples of text in a global batch."""
+    is_text: tuple[bool, ...]
+    """Of each of this rank's samples."""
+    pairs: range
+    """This rank's, among the pairs of a global batch."""
+    text: range
+    """This rank's, among the texts of a global batch."""
+
+    @classmethod
+    def of(cls, global_batch: int, weight: float, data_rank: int, data_size: int) -> "Mixture":
+        """Spread text evenly over a global batch, and give each rank an equal part of it.
+
+        Raises:
+            ConfigError: `weight` of the batch is none of it, or all.
+        """
+        text = round(weight * global_batch)
+        if not 0 < text < global_batch:
+            raise ConfigError(
+                f"coglm.objectives.text_weight {weight} of a global batch of {global_batch} is {text} samples, and both kinds "
+                "must be in it; change it or the batch"
+            )
+        before = [slot * text // global_batch for slot in range(global_batch + 1)]
+        mine = rank_slice(0, global_batch, data_rank, data_size)
+        first, last = before[mine.start], before[mine.stop]
+        return cls(
+            text,
+            tuple(before[slot + 1] > before[slot] for slot in mine),
+            range(mine.start - first, mine.stop - last),
+            range(first, last),
+        )
+
+
 class MixedBatches:
     """Pairs and pure text in a fixed share of every global batch."""
 
@@ -173,23 +225,26 @@ class MixedBatches:
         self,
         pairs: PairBatches,
         text: ShardIndex,
+        mixture: Mixture,
         *,
         seed: int,
-        text_batch: int,
         loss_normalisation: Normalisation = "batch",
         accumulation: int,
         data_rank: int,
         data_size: int,
     ) -> None:
-        """Add `text_batch` samples of `text` (over all ranks) to each step of `pairs`."""
+        """Mix samples of `text` into those of `pairs`, which read the part of the same mixture."""
         self._pairs, self._text, self._seed, self._accumulation = pairs, text, seed, accumulation
+        self._is_text = mixture.is_text
         self._loss_normalisation: Normalisation = loss_normalisation
         self.plan, self.dataset_sha256 = pairs.plan, pairs.dataset_sha256
         self._text_plan = SamplePlan(text.sizes, seed)
-        self._loader = StepLoader(text.read_text, self._text_plan, text_batch, data_rank, data_size)
+        self._loader = StepLoader(
+            text.read_text, self._text_plan, mixture.text_batch, data_rank, data_size, part=mixture.text
+        )
 
     def step(self, step: int) -> list[Batch]:
-        """Return the micro batches of batch `step`, each with its share of both."""
+        """Return the micro batches of batch `step`, with the text spread over them."""
         places = self._loader.positions(step)
         rows = self._loader.step(step)
         samples = [
@@ -200,32 +255,14 @@ class MixedBatches:
             )
             for row, (epoch, index) in zip(rows, places, strict=True)
         ]
-        pairs = self._pairs.samples(step)
-        # Round robin, so that every micro batch gets both kinds.
-        together = [
-            s
-            for k in range(self._accumulation)
-            for s in (pairs[k :: self._accumulation] + samples[k :: self._accumulation])
-        ]
+        pairs, texts = iter(self._pairs.samples(step)), iter(samples)
+        together = [next(texts) if is_text else next(pairs) for is_text in self._is_text]
         return _to_batch(together, self._accumulation)
 
     def keys(self, step: int) -> list[str]:
         """Return the keys of this rank's pairs and rows of text of batch `step`."""
         rows = [self._text.locate(index)[1].key for _, index in self._loader.positions(step)]
         return self._pairs.keys(step) + rows
-
-
-def text_share(global_batch: int, weight: float, ranks_times_accumulation: int) -> int:
-    """Return how many samples of a global batch are text: `weight` of it, a multiple of ranks x accumulation."""
-    if weight == 0:
-        return 0
-    units = round(weight * global_batch / ranks_times_accumulation)
-    if not 0 < units * ranks_times_accumulation < global_batch:
-        raise ConfigError(
-            f"coglm.objectives.text_weight {weight} of a global batch of {global_batch} is not between 1 and all of the "
-            f"{global_batch // ranks_times_accumulation} samples of a micro batch; change it or the batch"
-        )
-    return units * ranks_times_accumulation
 
 
 def _one_language(pair: TokenPair, rng: np.random.Generator) -> list[int]:

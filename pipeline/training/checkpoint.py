@@ -3,37 +3,42 @@
 checkpoints/step_000001200/{rank_00000.safetensors, ..., data_state.json, MANIFEST.json}
 """
 
+import contextlib
 import hashlib
 import json
 import logging
+import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
 
 import torch
 
 from cogview2.pipeline import fsops
 from cogview2.pipeline.config.training import CheckpointConfig
 from cogview2.pipeline.data.sample_plan import DataState
-from cogview2.pipeline.distributed.process import World, barrier, broadcast_object, gather_objects
+from cogview2.pipeline.distributed.process import World
 from cogview2.pipeline.distributed.seeding import (
     load_random_state,
     random_state,
     seed_everything,
 )
-from cogview2.pipeline.errors import CheckpointError, CogView2Error, RunDirectoryError
+from cogview2.pipeline.distributed.together import on_first, together
+from cogview2.pipeline.errors import CheckpointError, CogView2Error
 from cogview2.pipeline.stage_dir import package_versions
 from cogview2.pipeline.training.engine import TrainingEngine
 from cogview2.pipeline.training.state.files import RankState, StateReader, file_name, write_rank_state
+from cogview2.pipeline.training.state.identity import Fence, Identity
 from cogview2.pipeline.training.state.manifest import (
     DATA_STATE,
     MANIFEST,
     FileRecord,
     Manifest,
     Topology,
+    UnreadableError,
     committed_steps,
     damage,
     folder_name,
@@ -41,32 +46,12 @@ from cogview2.pipeline.training.state.manifest import (
     verify,
 )
 
-T = TypeVar("T")
 logger = logging.getLogger(__name__)
 COMMITTED = "COMMITTED.json"
 """Beside checkpoints/: the newest step that was ever committed, so that a stage that lost all of them never begins at 0."""
 _QUARANTINE = "quarantine"
 _SPARE = 1.2
 """Free space must be this much more than what is to be written."""
-
-
-class Fence(Protocol):
-    """The lock under which this job works."""
-
-    token: int
-
-    def check(self) -> None:
-        """Raise LockedError when another job has taken the lock over."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a checkpoint must agree with to be resumed."""
-
-    fingerprint: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    """The values behind the fingerprint, by dotted key."""
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,6 +98,7 @@ class Checkpointer:
         self.folder, self.world, self.identity = folder, world, identity
         self.topology, self.config, self.fence = topology, config, fence
         self._pending: _Pending | None = None
+        self._mark: str | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if config.asynchronous else None
 
     # --- saving -------------------------------------------------------------------------------------------------
@@ -143,7 +129,7 @@ class Checkpointer:
         state = self._stage(step, engine, meters)
         path = self._staging(step) / file_name(self.world.rank)
         if self._writer is not None:
-            self._pending = _Pending(step, data, self._writer.submit(_write, path, state.copy()))
+            self._pending = _Pending(step, data, self._writer.submit(_write, path, state))
         else:
             self._finish(step, data, lambda: _write(path, state))
 
@@ -159,10 +145,17 @@ class Checkpointer:
         self._finish(pending.step, pending.data, pending.written.result)
 
     def _finish(self, step: int, data: DataState, write: Callable[[], FileRecord]) -> None:
-        fsops.hit("checkpoint.staged")
-        records = self._together(write, f"write its part of step {step}")
-        fsops.hit("checkpoint.written")
-        self._together(lambda: self._commit(step, data, records), f"commit step {step}")
+        try:
+            records = together(self.world, write, f"write its part of step {step}")
+            fsops.hit("checkpoint.written")
+            together(self.world, lambda: self._commit(step, data, records), f"commit step {step}")
+        except CogView2Error as error:
+            if self.world.is_first:
+                with contextlib.suppress(
+                    OSError, CogView2Error
+                ):  # the disk that failed; the next start tries again
+                    fsops.discard(self._staging(step))
+            raise type(error)(f"{error}; the checkpoint before is untouched") from error
 
     def _is_committed(self, step: int) -> bool:
         """Return whether the step has a good checkpoint already; a bad one of that step is moved away first."""
@@ -178,7 +171,9 @@ class Checkpointer:
                 return False
             return True
 
-        return any(self._together(look if self.world.is_first else lambda: False, f"look at step {step}"))
+        return any(
+            together(self.world, look if self.world.is_first else lambda: False, f"look at step {step}")
+        )
 
     def _stage(self, step: int, engine: TrainingEngine, meters: torch.Tensor) -> RankState:
         """Return what this rank writes, and make room for what all of them do: an empty staging folder."""
@@ -188,42 +183,33 @@ class Checkpointer:
             state = engine.state()
             state.own |= random_state() | {"meters": meters}
             taken.append(state)
+            if self._writer is not None:
+                taken[0] = state.copy()
             tensors = [*state.entries.values(), *state.own.values()]
             return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-        total = sum(self._together(take, f"take the state of step {step}"))
+        total = sum(together(self.world, take, f"take the state of step {step}"))
 
-        def make() -> None:
-            if self.world.is_first:
-                staging = self._staging(step)
-                fsops.require_space(self.folder, int(total * _SPARE))
-                if staging.exists():
-                    fsops.discard(staging)
-                fsops.make_dirs(staging)
+        def make() -> str | None:
+            if not self.world.is_first:
+                return None
+            self._own()
+            fsops.require_space(self.folder, int(total * _SPARE))
+            self._mark = secrets.token_hex(4)
+            fsops.make_dirs(self._staging(step))
+            return self._mark
 
-        self._together(make, f"make room for step {step}")
+        self._mark = together(self.world, make, f"make room for step {step}")[0]
         return taken[0]
 
     def _staging(self, step: int) -> Path:
-        return self.folder / f".staging.{folder_name(step)}"
+        """Return the staging folder of a step: another job's would be another one, even if both believe in their lock."""
+        return self.folder / f".staging.{folder_name(step)}.{self._mark}"
 
-    def _together(self, action: Callable[[], T], what: str) -> list[T]:
-        """Run `action` on all ranks and return what it gave; learn whether it failed anywhere, so that no rank waits."""
-        problem: tuple[bool, str] | None = None
-        value: Any = None
-        try:
-            value = action()
-        except Exception as error:  # reported below, on all ranks
-            logger.log(logging.ERROR, "could not %s", what, exc_info=not isinstance(error, CogView2Error))
-            cannot_write = isinstance(error, OSError | RunDirectoryError)
-            problem = cannot_write, f"rank {self.world.rank} could not {what}: {error}"
-        answers = gather_objects((value, problem))
-        problems = [problem for _, problem in answers if problem is not None]
-        if problems:
-            cannot_write, words = problems[0]
-            kind = RunDirectoryError if cannot_write else CheckpointError
-            raise kind(f"{words}; the checkpoint before is untouched")
-        return [value for value, _ in answers]
+    def _own(self) -> None:
+        """Make sure, on rank 0, that no other job took the run over: before anything is moved or committed."""
+        if self.fence is not None:
+            self.fence.check()
 
     def _commit(self, step: int, data: DataState, records: list[FileRecord]) -> None:
         if not self.world.is_first:
@@ -245,15 +231,20 @@ class Checkpointer:
         )
         fsops.write_text(staging / MANIFEST, manifest.text())
         fsops.fsync_dir(staging)
-        if self.fence is not None:
-            self.fence.check()  # a job that was paused for long must not commit into a run that another one took over
+        self._own()  # a job that was paused for long must not commit into a run that another one took over
         fsops.hit("checkpoint.before_rename")
         fsops.replace(staging, target)
         fsops.hit("checkpoint.after_rename")
-        fsops.write_json(self._marker, {"step": step, "sha256": manifest.sha256})
-        fsops.write_text(self.folder / "latest", f"{target.name}\n")
         logger.info("committed %s (%d bytes, sha256 %s)", target, manifest.size, manifest.sha256[:16])
-        self._retire()
+        try:
+            fsops.write_json(self._marker, {"step": step, "sha256": manifest.sha256})
+            fsops.write_text(self.folder / "latest", f"{target.name}\n")
+            self._retire()
+        except (
+            OSError,
+            CogView2Error,
+        ) as error:  # the step is committed; what is left over goes with the next one
+            logger.warning("%s is committed, but then: %s", target, error)
 
     @property
     def _marker(self) -> Path:
@@ -275,22 +266,20 @@ class Checkpointer:
             CheckpointError: only bad ones are left, or the newest good one belongs to another configuration.
         """
         self._abandon()
-        self._together(self._clean if self.world.is_first else lambda: None, f"clean {self.folder}")
+        on_first(self.world, self._clean, f"clean {self.folder}")
         bad: list[str] = []
         while True:
-            found = broadcast_object(self._newest(bad) if self.world.is_first else None)
-            if isinstance(found, CheckpointError):
-                raise found
+            found = on_first(self.world, lambda: self._newest(bad), f"look through {self.folder}")
             if found is None:
                 return None
             problem = self._check_content(found)
             if problem is None:
-                break
+                return self._load(engine, found)
             bad.append(problem)
-            if self.world.is_first:
-                self._put_aside(self.folder / folder_name(found.step), problem)
-            barrier()
-        return self._load(engine, found)
+            folder = self.folder / folder_name(found.step)
+            on_first(
+                self.world, partial(self._put_aside, folder, problem), f"move {folder} to {_QUARANTINE}/"
+            )
 
     def _abandon(self) -> None:
         """Forget a state that is still being written: training goes back behind it."""
@@ -299,71 +288,79 @@ class Checkpointer:
             self._pending = None
 
     def _clean(self) -> None:
+        self._own()
         for pattern in (".staging.*", ".trash.*", ".tmp.*"):
             for leftover in self.folder.glob(pattern):
-                fsops.discard(leftover)
+                try:
+                    fsops.discard(leftover)
+                except (
+                    OSError,
+                    CogView2Error,
+                ) as error:  # somebody reads it; it takes space, and harms nobody
+                    logger.warning("cannot delete %s: %s", leftover, error)
 
-    def _newest(self, bad: list[str]) -> Manifest | CheckpointError | None:
-        """Return the newest checkpoint whose manifest is good, or why there is none to be used."""
+    def _newest(self, bad: list[str]) -> Manifest | None:
+        """Return the newest checkpoint whose manifest is good; None when there never was one.
+
+        Raises:
+            UnreadableError: one cannot be judged now.
+            CheckpointError: none may be used.
+        """
         for step in reversed(committed_steps(self.folder)):
             folder = self.folder / folder_name(step)
             try:
                 manifest = read_manifest(folder)
+            except UnreadableError:
+                raise
             except CheckpointError as error:
                 bad.append(str(error))
                 self._put_aside(folder, str(error))
                 continue
             if manifest.fingerprint != self.identity.fingerprint:
-                return CheckpointError(f"{folder} {self._difference(manifest)}")
+                raise CheckpointError(f"{folder} {self.identity.difference(manifest)}")
             if manifest.topology.precision != self.topology.precision:
-                return CheckpointError(
+                raise CheckpointError(
                     f"{folder} was saved with {manifest.topology}, this job has {self.topology}: another precision is "
                     "another training; restore the DeepSpeed JSON, or start a new run from its weights (init_from)"
                 )
+            committed = self._newest_committed()
+            if committed is not None and committed > step:
+                logger.warning(
+                    "step %d was committed, but %s is the newest good one: %s", committed, folder, bad or "?"
+                )
             return manifest
-        return self._nothing_left(bad)
-
-    def _nothing_left(self, bad: list[str]) -> CheckpointError | None:
         # Also those of earlier attempts: the same command given twice must not begin at step 0.
         bad = bad + sorted(f"{path} is damaged" for path in (self.folder / _QUARANTINE).glob("step_*"))
-        try:
-            step = json.loads(self._marker.read_text(encoding="utf-8"))["step"]
-        except FileNotFoundError:
-            if not bad:
-                return None
-            step = "?"
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            return CheckpointError(
-                f"{self._marker} cannot be read ({error}), so whether this stage was trained before is not known; restore "
-                "it, or delete it with its stage's folder to begin at step 0"
-            )
+        committed = self._newest_committed()
+        if committed is None and not bad:
+            return None
         reason = f": {bad[0]}" if bad else f" in {self.folder}"
-        return CheckpointError(
-            f"step {step} was committed, but no good checkpoint is left{reason}; restore one, or delete {self.folder} and "
-            f"{self._marker} to begin at step 0"
+        raise CheckpointError(
+            f"step {committed or '?'} was committed, but no good checkpoint is left{reason}; restore one, or delete "
+            f"{self.folder} and {self._marker} to begin at step 0"
         )
 
-    def _difference(self, manifest: Manifest) -> str:
-        """Return in words what differs between the settings of a checkpoint and those of now."""
-        old, new = manifest.settings, self.identity.settings
-        keys = [key for key in (*new, *(k for k in old if k not in new)) if old.get(key) != new.get(key)]
-        if not keys:
-            return "was trained from other inputs or by another version; restore them, or start a new run"
-        more = f" (and {len(keys) - 1} more)" if len(keys) > 1 else ""
-        was, now = old.get(keys[0], "nothing"), new.get(keys[0], "nothing")
-        return (
-            f"was trained with {keys[0]} = {was}, this job has {now}{more}; restore the old value, or set the stage aside "
-            "and train it anew with --restart-stale"
-        )
+    def _newest_committed(self) -> int | None:
+        """Return the newest step that was ever committed, as the marker says; None when there is no marker."""
+        try:
+            return int(json.loads(self._marker.read_text(encoding="utf-8"))["step"])
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UnreadableError(
+                f"{self._marker} cannot be read ({error}), so whether this stage was trained before is not known; restore "
+                "it, or delete it with its stage's folder to begin at step 0"
+            ) from error
 
     def _check_content(self, manifest: Manifest) -> str | None:
         """Return what is wrong with the files of a checkpoint; every rank reads its share of them."""
         folder = self.folder / folder_name(manifest.step)
         mine = sorted(manifest.files)[self.world.rank :: self.world.size]
-        problems = gather_objects(damage(folder, manifest, mine))
+        problems = together(self.world, lambda: damage(folder, manifest, mine), f"read {folder}")
         return next((problem for problem in problems if problem is not None), None)
 
     def _put_aside(self, folder: Path, reason: str) -> None:
+        self._own()
         logger.warning("%s; moved to %s/, the one before is tried", reason, _QUARANTINE)
         fsops.make_dirs(self.folder / _QUARANTINE)
         number = 0
@@ -373,9 +370,15 @@ class Checkpointer:
 
     def _load(self, engine: TrainingEngine, manifest: Manifest) -> Restored:
         folder = self.folder / folder_name(manifest.step)
-        data = DataState.from_dict(json.loads((folder / DATA_STATE).read_text(encoding="utf-8")))
-        reader = StateReader(folder)
-        self._together(lambda: engine.load(reader), f"load {folder}")
+        read: list[tuple[DataState, StateReader]] = []
+
+        def look() -> None:
+            data = DataState.from_dict(json.loads((folder / DATA_STATE).read_text(encoding="utf-8")))
+            read.append((data, StateReader(folder)))
+
+        together(self.world, look, f"open {folder}")
+        ((data, reader),) = read
+        engine.load(reader)
         if manifest.topology == self.topology:
             own = reader.own(self.world.rank)
             load_random_state(own)
@@ -387,7 +390,7 @@ class Checkpointer:
             sums = [reader.own(rank)["meters"] for rank in range(reader.ranks)]
             meters = torch.stack(sums).sum(0) if self.world.is_first else torch.zeros_like(sums[0])
             logger.warning(
-                "resumed from %s: saved with %s, taken over to %s; dropout draws other numbers than it would have",
+                "resumed from %s: saved with %s, taken over to %s; dropout and the like draw other numbers now",
                 folder,
                 manifest.topology,
                 self.topology,

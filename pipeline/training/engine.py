@@ -206,6 +206,14 @@ class _DeepSpeed:
         counters = {name: int(getattr(self.engine, name)) for name in ("global_steps", "skipped_steps")}
         return RankState(entries, shapes, plain=counters | {"loss_scaler": self._loss_scaler()})
 
+    def _read_buffers(self, reader: StateReader) -> None:
+        buffers = self._buffers()
+        missing = sorted(set(reader.names(BUFFER)) ^ set(buffers))
+        if missing:
+            raise CheckpointError(f"{reader.folder} and the model differ in {missing[0]}; restore the recipe")
+        for name, buffer in buffers.items():
+            buffer.copy_(reader.whole(name, BUFFER))
+
     def _loss_scaler(self) -> dict[str, Any] | None:
         """Return the numbers of fp16's loss scaler."""
         if not self.engine.fp16_enabled():
@@ -219,13 +227,17 @@ class _DeepSpeed:
         Raises:
             CheckpointError: the files do not hold all of this model.
         """
-        self._live().load(reader)
-        buffers = self._buffers()
-        missing = sorted(set(reader.names(BUFFER)) ^ set(buffers))
-        if missing:
-            raise CheckpointError(f"{reader.folder} and the model differ in {missing[0]}; restore the recipe")
-        for name, buffer in buffers.items():
-            buffer.copy_(reader.whole(name, BUFFER))
+        live, problem = self._live(), None
+        try:
+            live.read(reader)
+            self._read_buffers(reader)
+        except (CheckpointError, OSError) as error:
+            problem = str(error)
+        # Nobody may go on to what all do together while another one could not read its part.
+        problems = [text for text in gather_objects(problem) if text is not None]
+        if problems:
+            raise CheckpointError(problems[0])
+        live.spread()
         engine, plain = self.engine, reader.plain[0]
         engine.global_steps, engine.skipped_steps = plain["global_steps"], plain["skipped_steps"]
         engine.micro_steps = engine.global_steps * self.accumulation

@@ -149,6 +149,9 @@ class Trainer:
                     self._after_step(done, step)
             watchdog.enter("save", done)
             self.checkpointer.finish()
+        except NumericError:
+            self.checkpointer.finish()  # what was being written is good, and must not be lost with the rest
+            raise
         finally:
             self._clock.close()
             if self._writer is not None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from equivalence import Cell
 from forked_ranks import run_ranks
 
+from cogview2.pipeline.errors import CheckpointError
 from cogview2.pipeline.training.state import live
 from cogview2.pipeline.training.state.files import StateReader, file_name, write_rank_state
 
@@ -95,6 +96,30 @@ def test_another_topology_goes_on_as_if_nothing_had_changed(tmp_path: Path, pair
     print(f"{len(errors)} pairs, worst relative error {max(errors.values()):.1e}")
     assert len(errors) == len(pairs)
     assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
+
+
+def _refused(old: Cell, new: Cell, folder: Path, rank: int) -> dict[str, str]:
+    """Load with one parameter's counter, which only rank 1 needs, unlike the others."""
+    engine = equivalence.build(new, equivalence.json_path(new, folder), rank)
+    reader = StateReader(_folder(old, folder))
+    holdings = engine._live().holdings  # type: ignore[attr-defined]
+    real, mine = reader.read, holdings[-1].name
+    if rank == 1:
+        reader.read = lambda name, key, *run: real(name, key, *run) + (name == mine and key == "step")  # type: ignore[method-assign]
+    try:
+        engine.load(reader)
+    except CheckpointError as error:
+        return {"refused": str(error)}
+    return {}
+
+
+def test_what_one_rank_cannot_load_is_refused_by_all_and_nobody_waits(tmp_path: Path) -> None:
+    old, new = Cell(0, 1), Cell(1, dp=2)
+    for cell in (old, new):
+        equivalence.write_json(cell, tmp_path)
+    run_ranks(partial(_first_part, [old], tmp_path), 1)
+    said = run_ranks(partial(_refused, old, new, tmp_path), 2)
+    assert said[0] == said[1] and "another number of times than its neighbours" in said[0]["refused"]
 
 
 def _forgets_moments(key: str) -> Any:

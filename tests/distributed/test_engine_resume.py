@@ -6,6 +6,7 @@ from typing import Any
 
 import equivalence
 import pytest
+import torch
 import torch.distributed as dist
 from equivalence import Cell
 from forked_ranks import run_ranks
@@ -44,6 +45,15 @@ def _save(engine: Any, folder: Path) -> None:
     dist.barrier()
 
 
+def _check_masters(engine: Any, folder: Path) -> None:
+    """The file holds, under each name, what the engine itself gives for it."""
+    state = engine.full_state()
+    if state is not None:
+        reader = StateReader(folder)
+        assert set(reader.names()) == set(state)
+        assert all(torch.equal(reader.whole(name), value.float()) for name, value in state.items())
+
+
 def _work(cells: list[Cell], folder: Path, rank: int) -> dict[str, Any]:
     results = {}
     for cell in cells:
@@ -51,6 +61,7 @@ def _work(cells: list[Cell], folder: Path, rank: int) -> dict[str, Any]:
         engine = equivalence.build(cell, equivalence.json_path(cell, folder), rank)
         _steps(engine, 0, SAVED)
         _save(engine, checkpoint)
+        _check_masters(engine, checkpoint)
         straight = _steps(engine, SAVED, STEPS)
         engine.close()
         engine = equivalence.build(cell, equivalence.json_path(cell, folder), rank)

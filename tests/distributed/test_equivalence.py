@@ -36,7 +36,6 @@ GATE = [
 OPTIONS: list[tuple[tuple[str, Any], ...]] = [
     (("overlap_comm", True),),
     (("contiguous_gradients", False),),
-    (("round_robin_gradients", True),),
     (("reduce_scatter", False),),
     (("reduce_bucket_size", 1000),),
     (("allgather_bucket_size", 1000),),
@@ -53,7 +52,7 @@ FURTHER = [
     Cell(3, dp=2, offload=PARAMETERS),
     Cell(1, pp=2, accumulation=2, offload=OPTIMIZER),
     Cell(1, dp=2, pp=2, accumulation=2, offload=OPTIMIZER),
-    Cell(1, dp=2, pp=2, accumulation=2, json=OPTIONS[2]),
+    Cell(1, dp=2, pp=2, accumulation=2, json=OPTIONS[1]),
     Cell(1, pp=2, accumulation=4, partition=(1, 3)),
     Cell(0, pp=2, accumulation=4, partition="parameters"),
     Cell(1, pp=4, accumulation=4, partition="uniform"),

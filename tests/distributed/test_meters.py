@@ -21,11 +21,12 @@ from cogview2.pipeline.models.coglm.masks import IMAGE
 from cogview2.pipeline.models.coglm.pipe import PipeBlock
 from cogview2.pipeline.stage_dir import StageDirectory
 from cogview2.pipeline.tokenizers.vocabulary import Vocabulary
-from cogview2.pipeline.training.checkpoint import Checkpointer, Identity
+from cogview2.pipeline.training.checkpoint import Checkpointer
 from cogview2.pipeline.training.engine import PlainEngine, TrainingEngine
 from cogview2.pipeline.training.meters import Work
 from cogview2.pipeline.training.modules import Batch, LossOutput, TrainModule
 from cogview2.pipeline.training.preemption import StopFlag
+from cogview2.pipeline.training.state.identity import Identity
 from cogview2.pipeline.training.state.manifest import Topology
 from cogview2.pipeline.training.straggler import StragglerWatch
 from cogview2.pipeline.training.train_modules.coglm import coglm_engine

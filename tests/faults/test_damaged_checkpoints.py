@@ -15,7 +15,7 @@ from cogview2.pipeline.data.sample_plan import DataState, SamplePlan
 from cogview2.pipeline.distributed.process import World
 from cogview2.pipeline.distributed.seeding import random_state
 from cogview2.pipeline.training import checkpoint
-from cogview2.pipeline.training.checkpoint import Checkpointer, Identity
+from cogview2.pipeline.training.checkpoint import Checkpointer
 from cogview2.pipeline.training.state.files import (
     WEIGHT,
     Entry,
@@ -24,6 +24,7 @@ from cogview2.pipeline.training.state.files import (
     file_name,
     write_rank_state,
 )
+from cogview2.pipeline.training.state.identity import Identity
 from cogview2.pipeline.training.state.manifest import MANIFEST, FileRecord, Topology, folder_name
 
 PLAN = SamplePlan([10], 3)

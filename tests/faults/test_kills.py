@@ -11,7 +11,7 @@ from killed_training import Job
 from cogview2.pipeline.training import checkpoint
 
 pytestmark = pytest.mark.distributed
-WINDOW = 0.25
+WINDOW = 0.2
 """Seconds after the beginning of an attempt's first save in which the kill falls."""
 
 
@@ -37,7 +37,7 @@ def _judge(found: dict[str, Any], share: float) -> None:
 )
 def test_kills(tmp_path: Path, cell: Cell, kills: int, options: dict[str, Any]) -> None:
     job = Job(cell, tmp_path / "stage", **options)
-    share = 0.0 if options else 0.5  # in the background, what rank 0 does itself is short
+    share = 0.0 if options else 0.4  # in the background, what rank 0 does itself is short
     _judge(killed_training.repeat(job, kills, seed=7, window=WINDOW), share)
 
 
@@ -54,3 +54,12 @@ def test_an_acknowledgement_before_the_commit_is_seen(
     monkeypatch.setattr(checkpoint.Checkpointer, "_commit", lambda *_: None)
     found = killed_training.repeat(Job(Cell(1, dp=2), tmp_path / "stage"), 1, seed=7, window=WINDOW)
     assert found["lost"] == 1
+
+
+@pytest.mark.slow
+def test_bare_deepspeed_does_not_survive_this(tmp_path: Path) -> None:
+    """The same kills on DeepSpeed's own save: the figure beside ours, and proof that they fall where it hurts."""
+    job = Job(Cell(1, dp=2), tmp_path / "stage", bare=True)
+    found = killed_training.repeat_bare(job, 60, seed=7, window=WINDOW)
+    print(found)
+    assert found["dead"] + found["behind"] > 0

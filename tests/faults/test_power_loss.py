@@ -15,9 +15,10 @@ from cogview2.pipeline.data.sample_plan import DataState, SamplePlan
 from cogview2.pipeline.distributed.process import World
 from cogview2.pipeline.errors import CogView2Error
 from cogview2.pipeline.training import checkpoint
-from cogview2.pipeline.training.checkpoint import Checkpointer, Identity
+from cogview2.pipeline.training.checkpoint import Checkpointer
 from cogview2.pipeline.training.state import manifest
 from cogview2.pipeline.training.state.files import WEIGHT, Entry, RankState, StateReader
+from cogview2.pipeline.training.state.identity import Identity
 from cogview2.pipeline.training.state.manifest import Topology
 
 PLAN = SamplePlan([10], 3)

@@ -19,10 +19,11 @@ from cogview2.pipeline.models.coglm.loss import LossParts
 from cogview2.pipeline.models.coglm.masks import IMAGE
 from cogview2.pipeline.stage_dir import StageDirectory
 from cogview2.pipeline.tokenizers.vocabulary import Vocabulary
-from cogview2.pipeline.training.checkpoint import Checkpointer, Identity
+from cogview2.pipeline.training.checkpoint import Checkpointer
 from cogview2.pipeline.training.engine import PlainEngine, TrainingEngine
 from cogview2.pipeline.training.modules import Batch, LossOutput, TrainModule
 from cogview2.pipeline.training.preemption import StopFlag
+from cogview2.pipeline.training.state.identity import Identity
 from cogview2.pipeline.training.state.manifest import Topology
 from cogview2.pipeline.training.train_modules.coglm import coglm_engine
 from cogview2.pipeline.training.trainer import Trainer

@@ -24,14 +24,15 @@ import torch
 from equivalence import Cell
 
 from cogview2.pipeline import fsops
-from cogview2.pipeline.config.deepspeed import resolve, weights_dtype
+from cogview2.pipeline.config.deepspeed import precision, resolve
 from cogview2.pipeline.config.training import CheckpointConfig
-from cogview2.pipeline.data.sample_plan import SamplePlan
+from cogview2.pipeline.data.sample_plan import DataState, SamplePlan
 from cogview2.pipeline.distributed.process import World
 from cogview2.pipeline.distributed.seeding import seed_everything
 from cogview2.pipeline.errors import CogView2Error, Preempted
 from cogview2.pipeline.stage_dir import StageDirectory
-from cogview2.pipeline.training.checkpoint import Checkpointer, Identity
+from cogview2.pipeline.training.checkpoint import Checkpointer, Restored
+from cogview2.pipeline.training.state.identity import Identity
 from cogview2.pipeline.training.state.manifest import Topology
 from cogview2.pipeline.training.trainer import Trainer
 
@@ -53,10 +54,12 @@ class Job:
     """Steps between checkpoints."""
     slow_rank: int | None = 1
     """Its part of a checkpoint takes this much longer: writes of ranks are never at the same moment."""
-    slow_seconds: float = 0.03
+    slow_seconds: float = 0.06
     until: int = ENDLESS
     """Step after which it stops as if a signal had come."""
     asynchronous: bool = False
+    bare: bool = False
+    """With DeepSpeed's own `save_checkpoint` and `load_checkpoint`, as their documents show them."""
 
     @property
     def notes(self) -> Path:
@@ -140,6 +143,26 @@ def _observe(job: Job, rank: int, engine: Any, checkpointer: Checkpointer, phase
     engine.train_step, checkpointer._finish, checkpointer.restore = step, commit, go_on  # type: ignore[method-assign]
 
 
+def _use_deepspeeds_own(engine: Any, checkpointer: Checkpointer, rank: int, job: Job) -> None:
+    """Save and load as bare DeepSpeed does: a tag for each step, and a file `latest`."""
+    folder = str(checkpointer.folder)
+    data = DataState.at(SamplePlan([64], 0), "0" * 64, 0)
+
+    def finish(number: int, *_: Any) -> None:
+        engine.engine.save_checkpoint(folder, tag=f"step{number}")
+
+    def save(_engine: Any, number: int, _data: Any, _meters: Any) -> None:
+        checkpointer._finish(number, data, None)  # type: ignore[arg-type]  # what is observed
+
+    def restore(_engine: Any) -> Restored | None:
+        path, _ = engine.engine.load_checkpoint(folder)
+        step = int(engine.engine.global_steps)
+        consumed = DataState.at(SamplePlan([64], 0), "0" * 64, step * equivalence.GLOBAL_BATCH)
+        return None if path is None else Restored(step, consumed, torch.zeros(2, 64))
+
+    checkpointer._finish, checkpointer.save, checkpointer.restore = finish, save, restore  # type: ignore[method-assign]
+
+
 def _train(job: Job, rank: int, phase: Any) -> None:
     cell = job.cell
     seed_everything(equivalence.SEED, rank + 1)
@@ -152,7 +175,7 @@ def _train(job: Job, rank: int, phase: Any) -> None:
         update={"steps": ENDLESS, "checkpoint": checkpoints, "log_every": 7, "pipeline_parallel": cell.pp}
     )
     resolved = resolve(path, train, cell.ranks, cpu=True)
-    topology = Topology(cell.ranks, cell.pp, cell.zero, weights_dtype(resolved))
+    topology = Topology(cell.ranks, cell.pp, cell.zero, precision(resolved))
     unit = StageDirectory(job.folder, "pretrain_coglm").create()
     checkpointer = Checkpointer(unit.checkpoints, world, Identity("same"), topology, checkpoints)
     batches: Any = SimpleNamespace(plan=SamplePlan([64], 0), dataset_sha256="0" * 64)
@@ -160,6 +183,8 @@ def _train(job: Job, rank: int, phase: Any) -> None:
         number % 50, engine.data_rank, engine.data_size, engine.accumulation
     )
     stop: Any = Stop(job.until)
+    if job.bare:
+        _use_deepspeeds_own(engine, checkpointer, rank, job)
     _observe(job, rank, engine, checkpointer, phase, stop)
     trainer = Trainer(
         engine=engine,
@@ -298,6 +323,27 @@ def repeat(job: Job, kills: int, seed: int, window: float) -> dict[str, Any]:
         "steps": reached + 2,
         "points": dict(sorted(points.items(), key=lambda item: -item[1])),
     }
+
+
+def repeat_bare(job: Job, kills: int, seed: int, window: float) -> dict[str, int]:
+    """Kill bare DeepSpeed again and again; a job that does not go on any more is begun anew in an empty folder.
+
+    Returns:
+        kills, inside (of them within a save), dead (did not go on), behind (went on from before an acknowledged step).
+    """
+    rng, found = random.Random(seed), {"kills": kills, "inside": 0, "dead": 0, "behind": 0}
+    current = job
+    for number in range(kills):
+        before = seen(current).acknowledged if (current.notes / "acknowledged").exists() else 0
+        try:
+            where = killed(current, rng, window)
+        except AssertionError:  # it ended before its first save: it could not load what is there
+            found["dead"] += 1
+            current = _replaced(job, folder=job.folder.with_name(f"{job.folder.name} {number}"))
+            continue
+        found["inside"] += where.startswith("save")
+        found["behind"] += seen(current).resumed[-1] < before
+    return found
 
 
 def _replaced(job: Job, **changes: Any) -> Job:

@@ -119,8 +119,8 @@ class LiveState:
         """Return the shape of every whole parameter of which this rank writes numbers."""
         return {held.name: held.shape for held in self.holdings if held.owned and held.count}
 
-    def load(self, reader: StateReader) -> None:
-        """Take everything over from files of any topology; collective.
+    def read(self, reader: StateReader) -> None:
+        """Take this rank's part over from files of any topology; `spread` must follow on all ranks.
 
         Raises:
             CheckpointError: numbers that the files do not hold, or counters that one flat tensor cannot have.
@@ -132,6 +132,9 @@ class LiveState:
         with torch.no_grad():
             for held in self.holdings:
                 self._load(held, reader, counted)
+
+    def spread(self) -> None:
+        """Round the masters into the weights, and give them to the ranks that need them; collective."""
         if self.kind == "flat":
             self.optimizer.update_lp_params()
         elif self.kind == "partitioned":

@@ -9,12 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from cogview2.pipeline import fsops
-from cogview2.pipeline.errors import CheckpointError
+from cogview2.pipeline.distributed import watchdog
+from cogview2.pipeline.errors import CheckpointError, ExitCode
 
 MANIFEST, DATA_STATE = "MANIFEST.json", "data_state.json"
 FORMAT = 2
 _STEP = re.compile(r"step_(\d{9,})")
 _MAX_BYTES = 64 * 1024 * 1024
+_REMEDY = "look at the disk or mount on this host, and give the same command again"
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint that cannot be judged: the disk or network does not give it, or another version wrote it. Nothing is wrong
+    with it, as far as is known, so it must stay where it is."""
+
+    exit_code = ExitCode.CANNOT_WRITE
 
 
 @dataclass(frozen=True)
@@ -25,7 +34,7 @@ class Topology:
     pipe_stages: int
     zero: int
     precision: str
-    """Of the weights on the device: float32, bfloat16, float16; their masters are always float32."""
+    """In words, see config.deepspeed.precision; masters are always float32."""
 
     def __str__(self) -> str:
         pipes = f", {self.pipe_stages} pipe stages" if self.pipe_stages > 1 else ""
@@ -100,6 +109,7 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         CheckpointError: naming the first thing that is wrong.
+        UnreadableError: it could not be read, or has another format.
     """
     path = folder / MANIFEST
     try:
@@ -112,7 +122,7 @@ def read_manifest(folder: Path) -> Manifest:
         plain = json.loads(text)
         written = plain.pop("sha256")
         if plain.get("format") != FORMAT:
-            raise CheckpointError(
+            raise UnreadableError(
                 f"{path} has format {plain.get('format')!r}, this version reads {FORMAT}; use the version that wrote it"
             )
         if _digest(plain) != written:
@@ -123,11 +133,13 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(topology=topology, files=files, **plain)
         if manifest.text() != text:
             raise CheckpointError(f"{path} is not as it was written")
+        _check_files(folder, manifest)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} has no {MANIFEST}: it was never committed, or lost it") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error})") from error
-    _check_files(folder, manifest)
+        raise CheckpointError(f"{folder} has no {MANIFEST}, or lost a file while it was looked at") from error
+    except OSError as error:
+        raise UnreadableError(f"{folder} cannot be read now ({error.strerror}); {_REMEDY}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no manifest ({error})") from error
     return manifest
 
 
@@ -158,13 +170,19 @@ def damage(folder: Path, manifest: Manifest, names: Iterable[str] | None = None)
         folder: of the checkpoint.
         manifest: of `read_manifest`.
         names: the files to read; all of them by default.
+
+    Raises:
+        UnreadableError: a file could not be read.
     """
     for name in sorted(manifest.files if names is None else names):
+        watchdog.progress()
         try:
             if fsops.sha256_file(folder / name) != manifest.files[name].sha256:
                 return f"{folder / name} is damaged: its sha256 is not the one that was committed"
         except OSError as error:
-            return f"{folder / name} cannot be read ({error.strerror})"
+            raise UnreadableError(
+                f"{folder / name} cannot be read now ({error.strerror}); {_REMEDY}"
+            ) from error
     return None
 
 

@@ -262,6 +262,12 @@ def test_a_remainder_is_refused_with_what_fits(
             ["offload_param", "stage 3"],
         ),
         (
+            {"zero_optimization": {"stage": 1, "round_robin_gradients": True}},
+            {},
+            2,
+            ["round_robin_gradients", "delete it"],
+        ),
+        (
             {"zero_optimization": {"stage": 4}},
             {},
             2,

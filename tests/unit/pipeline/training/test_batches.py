@@ -1,6 +1,7 @@
 import io
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +20,11 @@ from cogview2.pipeline.tokenizers.vocabulary import Vocabulary
 from cogview2.pipeline.training.batches import (
     ImageBatches,
     MixedBatches,
+    Mixture,
     PairBatches,
     coglm_sample,
     direct_sample,
     iterative_sample,
-    text_share,
 )
 
 VOCABULARY = Vocabulary.uniform(64, 60)
@@ -214,81 +215,62 @@ def test_only_pairs_with_high_resolution_codes(tmp_path: Path) -> None:
         pair_batches(shards(tmp_path / "none", superres=False), only_superres=True)
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_each_micro_batch_mixes_pairs_and_text(tmp_path: Path, size: int) -> None:
-    index, text = shards(tmp_path / "s"), text_shards(tmp_path / "t")
-    seen = []
-    for rank in range(size):
-        pairs = pair_batches(index, rank, size, global_batch=12)
-        mixed = MixedBatches(
-            pairs,
-            text,
-            seed=5,
-            text_batch=4,
-            accumulation=2,
-            data_rank=rank,
-            data_size=size,
-        )
-        assert mixed.plan is pairs.plan
-        batches = mixed.step(3)
-        assert [len(batch["tokens"]) for batch in batches] == [8 // size] * 2
-        for batch in batches:
-            constant = (batch["tokens"] == batch["tokens"][:, :1]).all(
-                1
-            )  # rows of one repeated id are the text
-            assert int(constant.sum()) == 2 // size
-            assert all(len(value) == 8 // size for value in batch.values())
-        seen += rows(batches)
-    expected = rows(
-        MixedBatches(
-            pair_batches(index, global_batch=12),
-            text,
-            seed=5,
-            text_batch=4,
-            accumulation=2,
-            data_rank=0,
-            data_size=1,
-        ).step(3)
+def mixed_batches(
+    index: ShardIndex, text: ShardIndex, rank: int = 0, size: int = 1, batch: int = 16, **options: Any
+) -> MixedBatches:
+    """A quarter of text."""
+    mixture = Mixture.of(batch, 0.25, rank, size)
+    make = {"make": options.pop("make")} if "make" in options else {}
+    accumulation = options.get("accumulation", 2)
+    pairs = pair_batches(
+        index,
+        rank,
+        size,
+        global_batch=batch - mixture.text_batch,
+        part=mixture.pairs,
+        accumulation=accumulation,
+        **make,
     )
-    assert sorted(seen) == sorted(expected)
+    options |= {"seed": 5, "accumulation": accumulation, "data_rank": rank, "data_size": size}
+    return MixedBatches(pairs, text, mixture, **options)
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(1, 1), (1, 2), (2, 2), (4, 1), (8, 1), (16, 1)])
+def test_a_global_batch_is_the_same_in_the_same_order_for_any_ranks_and_micro_batches(
+    tmp_path: Path, size: int, accumulation: int
+) -> None:
+    index, text = shards(tmp_path / "s"), text_shards(tmp_path / "t")
+    seen, texts = [], []
+    for rank in range(size):
+        batches = mixed_batches(index, text, rank, size, accumulation=accumulation).step(3)
+        assert [len(batch["tokens"]) for batch in batches] == [16 // size // accumulation] * accumulation
+        for batch in batches:
+            # Rows of one repeated id are the text.
+            texts += (batch["tokens"] == batch["tokens"][:, :1]).all(1).tolist()
+        seen += rows(batches)
+    assert seen == rows(mixed_batches(index, text, accumulation=1).step(3))
+    assert texts == [False, False, False, True] * 4
 
 
 def test_text_samples_count_by_region_where_the_recipe_says_so(tmp_path: Path) -> None:
     index, text = shards(tmp_path / "s"), text_shards(tmp_path / "t")
     objectives = ObjectiveConfig(loss_normalisation="region", caption_ratio=0.0)
     make = partial(coglm_sample, objectives=objectives, config=COGLM, vocabulary=VOCABULARY)
-    mixed = MixedBatches(
-        pair_batches(index, make=make, accumulation=1),
-        text,
-        seed=5,
-        text_batch=8,
-        loss_normalisation="region",
-        accumulation=1,
-        data_rank=0,
-        data_size=1,
-    )
+    mixed = mixed_batches(index, text, make=make, loss_normalisation="region", accumulation=1)
     shares = set()
     for batch in [batch for step in range(3) for batch in mixed.step(step)]:
         sums = batch["loss_weights"].sum(1)
         torch.testing.assert_close(sums, sums.round())  # whole regions
         assert torch.equal(batch["loss_weights"] > 0, batch["loss_mask"])
-        torch.testing.assert_close(sums[:8], torch.ones(8))  # a picture is one region
-        shares |= {round(1 / float(weight)) for weight in batch["loss_weights"][8:].unique() if weight}
+        torch.testing.assert_close(sums[0:3], torch.ones(3))  # a picture is one region
+        shares |= {round(1 / float(weight)) for weight in batch["loss_weights"][3::4].unique() if weight}
     assert shares == {1, 2, 3}  # spans within 15 % of 24 slots
-
-
-@pytest.mark.parametrize(
-    ("batch", "weight", "unit", "expected"),
-    [(32, 0.0, 2, 0), (32, 0.25, 2, 8), (32, 0.2, 4, 8), (32, 0.8, 8, 24)],
-)
-def test_text_share(batch: int, weight: float, unit: int, expected: int) -> None:
-    assert text_share(batch, weight, unit) == expected
 
 
 @pytest.mark.parametrize("weight", [0.01, 0.99])
 def test_a_share_that_leaves_nothing_of_one_kind_is_refused(weight: float) -> None:
     with pytest.raises(ConfigError, match=f"text_weight {weight}"):
-        text_share(16, weight, 8)
+        Mixture.of(16, weight, 0, 1)
 
 
 @pytest.mark.parametrize(("mode", "languages"), [("one", {1}), ("all", {2})])
@@ -326,13 +308,11 @@ def test_every_kind_names_the_samples_of_a_batch(tmp_path: Path) -> None:
     index, text = shards(tmp_path / "s"), text_shards(tmp_path / "t")
     named = pair_batches(index, global_batch=10, make=lambda pair, rng: pair.key, only_superres=True)
     assert named.keys(3) == named.samples(3)  # type: ignore[comparison-overlap]
-    pairs = [pair_batches(index, rank, 2, global_batch=12) for rank in range(2)]
-    common = {"seed": 5, "text_batch": 4, "accumulation": 2, "data_size": 2}
-    mixed = [MixedBatches(part, text, data_rank=rank, **common) for rank, part in enumerate(pairs)]  # type: ignore[arg-type]
-    for part, whole in zip(pairs, mixed, strict=True):
-        keys = whole.keys(3)
-        assert keys[:6] == part.keys(3) and len(keys) == 8
-        assert all(key in "012345678" for key in keys[6:])
+    whole = [key for rank in range(2) for key in mixed_batches(index, text, rank, 2).keys(3)[:6]]
+    assert whole == pair_batches(index, global_batch=12).keys(3)
+    for rank in range(2):
+        keys = mixed_batches(index, text, rank, 2).keys(3)
+        assert len(keys) == 8 and all(key in "012345678" for key in keys[6:])
     pictures = image_batches(("superres",), rank=1, size=2, accumulation=1)
     shown = [round(float(picture[1, 0, 0]) * 255) for picture in pictures.step(2)[0]["pixels"]]
     assert pictures.keys(2) == [f"p{number}" for number in shown]

@@ -13,9 +13,17 @@ from cogview2.pipeline.data.sample_plan import DataState, SamplePlan
 from cogview2.pipeline.distributed.process import World
 from cogview2.pipeline.errors import CheckpointError, LockedError, RunDirectoryError
 from cogview2.pipeline.training import checkpoint
-from cogview2.pipeline.training.checkpoint import Checkpointer, Identity
+from cogview2.pipeline.training.checkpoint import Checkpointer
+from cogview2.pipeline.training.state import manifest
 from cogview2.pipeline.training.state.files import WEIGHT, Entry, RankState, StateReader
-from cogview2.pipeline.training.state.manifest import MANIFEST, Topology, committed_steps, verify
+from cogview2.pipeline.training.state.identity import Identity
+from cogview2.pipeline.training.state.manifest import (
+    MANIFEST,
+    Topology,
+    UnreadableError,
+    committed_steps,
+    verify,
+)
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
 PLAN = SamplePlan([10], 3)
@@ -327,7 +335,7 @@ class Lost:
 
 def test_a_job_whose_lock_was_taken_over_commits_nothing(folder: Path) -> None:
     save(folder, 2)
-    with pytest.raises(CheckpointError, match="another job has it"):
+    with pytest.raises(LockedError, match="another job has it"):
         save(folder, 4, fence=Lost())
     assert committed_steps(folder) == [2]
 
@@ -377,3 +385,68 @@ def test_an_error_in_the_background_is_raised_by_finish(folder: Path) -> None:
     writer.save(FakeEngine(float("inf")), 2, DataState.at(PLAN, "data", 8), torch.zeros(2, 3))  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="not finite"):
         writer.finish()
+
+
+# --- what cannot be read is not damaged ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["manifest", "content"])
+def test_a_disk_that_gives_nothing_now_moves_nothing(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    save(folder, 2, 4)
+
+    def stale(*_: object) -> None:
+        raise OSError(116, "Stale file handle")
+
+    with monkeypatch.context() as broken:
+        if where == "content":
+            broken.setattr(fsops, "sha256_file", stale)
+        else:
+            broken.setattr(Path, "read_bytes", stale)
+        with pytest.raises(
+            UnreadableError, match="cannot be read now \\(Stale file handle\\); look at the disk"
+        ) as caught:
+            checkpointer(folder).restore(FakeEngine())  # type: ignore[arg-type]
+        assert caught.value.exit_code == 73
+    restored = checkpointer(folder).restore(FakeEngine())  # type: ignore[arg-type]
+    assert restored is not None and restored.step == 4
+
+
+def test_another_format_is_refused_and_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(folder, 2)
+    monkeypatch.setattr(manifest, "FORMAT", 3)
+    with pytest.raises(UnreadableError, match="has format 2, this version reads 3"):
+        checkpointer(folder).restore(FakeEngine())  # type: ignore[arg-type]
+    assert committed_steps(folder) == [2]
+
+
+def test_what_fails_after_the_commit_does_not_undo_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(folder, 1, 2)
+    real = fsops.discard
+    monkeypatch.setattr(fsops, "discard", lambda path: (_ for _ in ()).throw(OSError(39, "not empty")))
+    save(folder, 3)
+    assert committed_steps(folder) == [2, 3]
+    assert checkpointer(folder).restore(FakeEngine()).step == 3  # type: ignore[arg-type,union-attr]
+    monkeypatch.setattr(fsops, "discard", real)
+    checkpointer(folder).restore(FakeEngine())  # type: ignore[arg-type]
+    assert not list(folder.glob(".*"))
+
+
+def test_falling_back_behind_what_was_committed_is_said(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(folder, 2, 4)
+    shutil.rmtree(folder / "step_000000004")
+    restored = checkpointer(folder).restore(FakeEngine())  # type: ignore[arg-type]
+    assert restored is not None and restored.step == 2
+    assert "step 4 was committed, but" in caplog.text
+
+
+def test_another_jobs_staging_is_not_touched(folder: Path) -> None:
+    """A job that was paused wakes up while another one saves the same step."""
+    save(folder, 2)
+    one, two = checkpointer(folder), checkpointer(folder)
+    for writer in (one, two):
+        writer._stage(4, FakeEngine(1), torch.zeros(2, 3))  # type: ignore[arg-type]
+    assert one._staging(4) != two._staging(4) and one._staging(4).is_dir() and two._staging(4).is_dir()

@@ -10,8 +10,9 @@ from cogview2.pipeline.config.training import CheckpointConfig
 from cogview2.pipeline.data.sample_plan import DataState, SamplePlan
 from cogview2.pipeline.distributed.process import World
 from cogview2.pipeline.run_dir import RunDirectory
-from cogview2.pipeline.training.checkpoint import Checkpointer, Identity
+from cogview2.pipeline.training.checkpoint import Checkpointer
 from cogview2.pipeline.training.state.files import WEIGHT, Entry, RankState
+from cogview2.pipeline.training.state.identity import Identity
 from cogview2.pipeline.training.state.manifest import Topology, read_manifest
 from cogview2.stages.commands import checkpoint
 
