@@ -91,8 +91,8 @@ def run_stage(name: str, job: Job, *, collective: bool = True) -> None:
     code = ExitCode.FAILED
     try:
         code = _guarded(attempt, world, lambda: _work(run, stage, attempt, world, stop, job, collective))
-    except BaseException:  # even the outcome could not be written, for example to a full disk
-        logger.exception("could not write the outcome of rank %d", world.rank)
+    except BaseException:  # a bug in what should hold all others
+        logger.exception("rank %d ended without an outcome", world.rank)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -134,22 +134,26 @@ def _work(
 
 
 def _guarded(attempt: Attempt, world: World, work: Callable[[], None]) -> ExitCode:
-    """Run `work` and write this rank's outcome, whatever happens."""
+    """Run `work` and write this rank's outcome, whatever happens; its code counts even where no record can be written."""
+
+    def record(reason: str, code: ExitCode, message: str) -> ExitCode:
+        try:
+            attempt.write_outcome(world.rank, reason, code, noted_step(), message)
+        except (CogView2Error, OSError):  # for example on the full disk that ended the work
+            logger.exception("could not write the outcome of rank %d", world.rank)
+        return code
+
     try:
         work()
     except Preempted as error:
         logger.warning("%s", error)
-        attempt.write_outcome(world.rank, "preempted", error.exit_code, noted_step(), str(error))
-        return error.exit_code
+        return record("preempted", error.exit_code, str(error))
     except CogView2Error as error:
         logger.error("%s", error)
-        attempt.write_outcome(world.rank, type(error).__name__, error.exit_code, noted_step(), str(error))
-        return error.exit_code
+        return record(type(error).__name__, error.exit_code, str(error))
     except BaseException as error:  # the outcome must be written for every kind of end
         logger.exception("unexpected error")
         watchdog.heed_hang()
         text = f"{type(error).__name__}: {error}{watchdog.gone()}"
-        attempt.write_outcome(world.rank, type(error).__name__, ExitCode.FAILED, noted_step(), text)
-        return ExitCode.FAILED
-    attempt.write_outcome(world.rank, "done", ExitCode.DONE, noted_step(), "")
-    return ExitCode.DONE
+        return record(type(error).__name__, ExitCode.FAILED, text)
+    return record("done", ExitCode.DONE, "")
