@@ -19,6 +19,7 @@ from cogview2.pipeline.models.sr.iterative import IterativeSR
 from cogview2.pipeline.models.vqvae.model import VQVAE
 from cogview2.pipeline.run_dir import MODEL_FILES, RunDirectory
 from cogview2.pipeline.sampling.clusters import fit_clusters
+from cogview2.pipeline.sampling.inference import device_of, let_visit
 from cogview2.pipeline.sampling.text_to_image import TextToImage
 from cogview2.pipeline.tokenizers.image import ImageTokenizer
 from cogview2.pipeline.tokenizers.text import TextTokenizer
@@ -219,6 +220,7 @@ def load_text_to_image(
         dtype = torch.float32  # half precision has few fast kernels there
     chosen = sampling or (protocol or models).sampling
     seed = (protocol or models).seed
+    home = torch.device("cpu") if chosen.offload else device
     text = models.text_tokenizer()
     image = ImageTokenizer(models.vqvae(device, torch.float32), models.data.compression_rate)
     if coglm is None:
@@ -227,15 +229,20 @@ def load_text_to_image(
                 f"{models.path} is a weights folder, which has no other weights of CogLM; name the run they belong to"
             )
         coglm = (
-            models.coglm_of(coglm_weights, device, dtype)
+            models.coglm_of(coglm_weights, home, dtype)
             if coglm_weights is not None and isinstance(models, RunModels)
-            else models.coglm(device, dtype)
+            else models.coglm(home, dtype)
         )
+    direct = models.direct(home, dtype) if superres else None
+    iterative = models.iterative(home, dtype) if superres else None
+    for model in (coglm, direct, iterative):
+        if model is not None and device_of(model) != device:
+            let_visit(model, device)
     return TextToImage(
         tokenizer=text,
         coglm=coglm,
-        direct=models.direct(device, dtype) if superres else None,
-        iterative=models.iterative(device, dtype) if superres else None,
+        direct=direct,
+        iterative=iterative,
         image_tokenizer=image,
         base_grid=models.data.base_grid,
         sampling=chosen,

@@ -131,7 +131,7 @@ def _sampling(plan: dict[str, Any]) -> list[str]:
     parts = ", ".join(f"{name} {seconds(value)}" for name, value in drawn["seconds"].items())
     how = {
         "together": "all models stay on the device",
-        "in turn": f"the models take turns on the device, {seconds(drawn['swap_seconds'])} for each batch",
+        "in turn": f"they take turns on the device (sampling.offload=true), {seconds(drawn['swap_seconds'])} for each batch",
         "no": "not even one model at a time fits",
     }[drawn["fits"]]
     text = (

@@ -136,3 +136,5 @@ class SamplingConfig(Config):
     captioning: CaptioningConfig = CaptioningConfig()
     batch: Positive = 16
     """Prompts drawn together."""
+    offload: bool = False
+    """The transformers wait in the host's memory and take turns on the GPU, where it does not hold them all (`cogview2 plan`)."""

@@ -18,6 +18,7 @@ from cogview2.pipeline.models.coglm.model import CogLM  # noqa: E402
 from cogview2.pipeline.models.sr.direct import DirectSR  # noqa: E402
 from cogview2.pipeline.models.sr.iterative import IterativeSR  # noqa: E402
 from cogview2.pipeline.sampling.autoregressive import sample_base_codes  # noqa: E402
+from cogview2.pipeline.sampling.inference import let_visit  # noqa: E402
 from cogview2.pipeline.sampling.meter import Meter, measured  # noqa: E402
 from cogview2.pipeline.sampling.noise import batch_uniforms  # noqa: E402
 from cogview2.pipeline.sampling.superres import direct_superres, iterative_superres  # noqa: E402
@@ -121,3 +122,28 @@ def test_the_meter_reads_the_memory_of_the_device(models: tuple[CogLM, DirectSR,
     coglm.to("cpu")
     (cost,) = meter.costs
     assert cost.stage == "base" and cost.seconds > 0 and cost.peak_bytes >= 4 << 20
+
+
+def test_a_model_that_takes_turns_draws_the_same_and_leaves_nothing(
+    models: tuple[CogLM, DirectSR, IterativeSR],
+) -> None:
+    labels, noise = torch.arange(64) % 8, batch_uniforms(5, range(3), "base", GRID**2, 2)
+
+    def draw(model: CogLM) -> torch.Tensor:
+        config = AutoregressiveSamplingConfig()
+        return sample_base_codes(
+            model, TEXTS, noise, grid=GRID, vocabulary=VOCABULARY, labels=labels, config=config
+        ).cpu()
+
+    staying, visiting = CogLM(CONFIG, VOCABULARY.rows).eval(), CogLM(CONFIG, VOCABULARY.rows).eval()
+    for model in (staying, visiting):
+        model.load_state_dict(models[0].state_dict())
+    expected = draw(staying.to(DEVICE))
+    del staying
+    torch.cuda.empty_cache()
+    let_visit(visiting, torch.device(DEVICE))
+    before = torch.cuda.memory_allocated()
+    assert torch.equal(draw(visiting), expected)
+    assert all(tensor.device.type == "cpu" for tensor in (*visiting.parameters(), *visiting.buffers()))
+    weights = sum(p.numel() * p.element_size() for p in visiting.parameters())
+    assert torch.cuda.memory_allocated() - before < weights / 2
