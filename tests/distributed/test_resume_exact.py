@@ -63,8 +63,12 @@ def test_train_vqvae(tmp_path: Path, ranks: int, how: str, settings: tuple[str, 
 
 @pytest.mark.parametrize(
     ("ranks", "how", "settings"),
-    [(1, "SIGTERM", ()), (2, "SIGKILL", ()), (2, "SIGTERM", ZERO1), (2, "SIGTERM", PIPE)],
-    ids=["one rank", "two ranks", "ZeRO 1", "two pipe stages"],
+    [
+        pytest.param(1, "SIGTERM", (), id="one rank", marks=pytest.mark.slow),
+        pytest.param(2, "SIGKILL", (), id="two ranks", marks=pytest.mark.slow),
+        pytest.param(2, "SIGTERM", ZERO1, id="ZeRO 1", marks=pytest.mark.slow),
+        pytest.param(2, "SIGTERM", PIPE, id="two pipe stages"),
+    ],
 )
 def test_pretrain_coglm(
     sharded_run: RunDirectory, tmp_path: Path, ranks: int, how: str, settings: tuple[str, ...]
@@ -78,6 +82,7 @@ def test_pretrain_coglm(
     _compare(straight, resumed, "pretrain_coglm")
 
 
+@pytest.mark.slow
 def test_two_pipe_stages_train_as_the_plain_model(sharded_run: RunDirectory, tmp_path: Path) -> None:
     # The same micro batches in both: a loss is a mean over micro batches of means over their positions.
     plain = override(sharded_run, "coglm.model.dropout=0", "coglm.train.steps=3", PIPE[0], PIPE[2])

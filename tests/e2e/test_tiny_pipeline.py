@@ -126,6 +126,7 @@ def _folder(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_folder_with_broken_files_becomes_shards(tmp_path: Path) -> None:
     data = _folder(tmp_path / "data")
     arguments = run_arguments(
