@@ -81,6 +81,7 @@ def _train(context: StageContext) -> None:
     trained.vocabulary.save(stage.output / "vocabulary.json")
     fsops.write_json(stage.output / "report.json", trained.report | {"sources": dict(counts)})
     logger.info("tokenizer: %s", trained.report)
+    stage.write_heartbeat(1, 1)
     context.finish(stage, {"report": trained.report})
 
 
