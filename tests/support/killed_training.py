@@ -125,7 +125,7 @@ def _observe(job: Job, rank: int, engine: Any, checkpointer: Checkpointer, phase
     def commit(number: int, *rest: Any) -> None:
         saving[0] = True
         say("save: begins")
-        if rank == job.slow_rank:
+        if rank == job.slow_rank and not job.bare:
             time.sleep(job.slow_seconds)
         finish(number, *rest)
         saving[0] = False
@@ -146,6 +146,14 @@ def _observe(job: Job, rank: int, engine: Any, checkpointer: Checkpointer, phase
 def _use_deepspeeds_own(engine: Any, checkpointer: Checkpointer, rank: int, job: Job) -> None:
     """Save and load as bare DeepSpeed does: a tag for each step, and a file `latest`."""
     folder = str(checkpointer.folder)
+    real = engine.engine.checkpoint_engine.save
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        time.sleep(job.slow_seconds)  # in the middle: before it all ranks meet
+        return real(*arguments, **options)
+
+    if rank == job.slow_rank:
+        engine.engine.checkpoint_engine.save = slow
     data = DataState.at(SamplePlan([64], 0), "0" * 64, 0)
 
     def finish(number: int, *_: Any) -> None:
