@@ -4,18 +4,19 @@ import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from cogview2.pipeline.distributed.process import World, gather_objects
+import torch.distributed as dist
+
+from cogview2.pipeline.distributed.process import gather_objects
 from cogview2.pipeline.errors import CheckpointError, CogView2Error, RunDirectoryError
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-def together(world: World, action: Callable[[], T], what: str) -> list[T]:
+def together(action: Callable[[], T], what: str) -> list[T]:
     """Run `action` on all ranks, and return on all of them what each gave; it must not communicate.
 
     Args:
-        world: this rank among the others.
         action: returns a plain value.
         what: in words, for the message.
 
@@ -23,17 +24,21 @@ def together(world: World, action: Callable[[], T], what: str) -> list[T]:
         CogView2Error: on every rank, the first rank's that failed, with its number: of the class that was raised there,
             RunDirectoryError for the operating system's errors, CheckpointError for others.
     """
-    return _values(_attempt(world, action, f"rank {world.rank} could not {what}: "))
+    return _values(_attempt(action, f"rank {_rank()} could not {what}: "))
 
 
-def on_first(world: World, action: Callable[[], T], what: str) -> T:
+def on_first(action: Callable[[], T], what: str) -> T:
     """Run `action` on rank 0, and return what it gave, or raise what it raised, on all ranks; see `together`."""
-    answers = _attempt(world, action if world.is_first else _nothing, "")
+    answers = _attempt(action if _rank() == 0 else _nothing, "")
     try:
         return _values(answers)[0]
     except CogView2Error:
         logger.error("rank 0 could not %s", what)
         raise
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def _nothing() -> Any:
@@ -43,7 +48,7 @@ def _nothing() -> Any:
 Problem = tuple[type[CogView2Error], str]
 
 
-def _attempt(world: World, action: Callable[[], T], prefix: str) -> list[tuple[Any, Problem | None]]:
+def _attempt(action: Callable[[], T], prefix: str) -> list[tuple[Any, Problem | None]]:
     value, problem = None, None
     try:
         value = action()

@@ -146,9 +146,9 @@ class Checkpointer:
 
     def _finish(self, step: int, data: DataState, write: Callable[[], FileRecord]) -> None:
         try:
-            records = together(self.world, write, f"write its part of step {step}")
+            records = together(write, f"write its part of step {step}")
             fsops.hit("checkpoint.written")
-            together(self.world, lambda: self._commit(step, data, records), f"commit step {step}")
+            together(lambda: self._commit(step, data, records), f"commit step {step}")
         except CogView2Error as error:
             if self.world.is_first:
                 with contextlib.suppress(
@@ -171,9 +171,7 @@ class Checkpointer:
                 return False
             return True
 
-        return any(
-            together(self.world, look if self.world.is_first else lambda: False, f"look at step {step}")
-        )
+        return any(together(look if self.world.is_first else lambda: False, f"look at step {step}"))
 
     def _stage(self, step: int, engine: TrainingEngine, meters: torch.Tensor) -> RankState:
         """Return what this rank writes, and make room for what all of them do: an empty staging folder."""
@@ -188,7 +186,7 @@ class Checkpointer:
             tensors = [*state.entries.values(), *state.own.values()]
             return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-        total = sum(together(self.world, take, f"take the state of step {step}"))
+        total = sum(together(take, f"take the state of step {step}"))
 
         def make() -> str | None:
             if not self.world.is_first:
@@ -199,7 +197,7 @@ class Checkpointer:
             fsops.make_dirs(self._staging(step))
             return self._mark
 
-        self._mark = together(self.world, make, f"make room for step {step}")[0]
+        self._mark = together(make, f"make room for step {step}")[0]
         return taken[0]
 
     def _staging(self, step: int) -> Path:
@@ -266,10 +264,10 @@ class Checkpointer:
             CheckpointError: only bad ones are left, or the newest good one belongs to another configuration.
         """
         self._abandon()
-        on_first(self.world, self._clean, f"clean {self.folder}")
+        on_first(self._clean, f"clean {self.folder}")
         bad: list[str] = []
         while True:
-            found = on_first(self.world, lambda: self._newest(bad), f"look through {self.folder}")
+            found = on_first(lambda: self._newest(bad), f"look through {self.folder}")
             if found is None:
                 return None
             problem = self._check_content(found)
@@ -277,9 +275,7 @@ class Checkpointer:
                 return self._load(engine, found)
             bad.append(problem)
             folder = self.folder / folder_name(found.step)
-            on_first(
-                self.world, partial(self._put_aside, folder, problem), f"move {folder} to {_QUARANTINE}/"
-            )
+            on_first(partial(self._put_aside, folder, problem), f"move {folder} to {_QUARANTINE}/")
 
     def _abandon(self) -> None:
         """Forget a state that is still being written: training goes back behind it."""
@@ -356,7 +352,7 @@ class Checkpointer:
         """Return what is wrong with the files of a checkpoint; every rank reads its share of them."""
         folder = self.folder / folder_name(manifest.step)
         mine = sorted(manifest.files)[self.world.rank :: self.world.size]
-        problems = together(self.world, lambda: damage(folder, manifest, mine), f"read {folder}")
+        problems = together(lambda: damage(folder, manifest, mine), f"read {folder}")
         return next((problem for problem in problems if problem is not None), None)
 
     def _put_aside(self, folder: Path, reason: str) -> None:
@@ -376,7 +372,7 @@ class Checkpointer:
             data = DataState.from_dict(json.loads((folder / DATA_STATE).read_text(encoding="utf-8")))
             read.append((data, StateReader(folder)))
 
-        together(self.world, look, f"open {folder}")
+        together(look, f"open {folder}")
         ((data, reader),) = read
         engine.load(reader)
         if manifest.topology == self.topology:

@@ -14,13 +14,13 @@ import torch.distributed as dist
 from cogview2.pipeline.config.model import CogLMConfig
 from cogview2.pipeline.config.training import OptimizerConfig
 from cogview2.pipeline.distributed.process import World, gather_objects
-from cogview2.pipeline.errors import CheckpointError, NumericError
+from cogview2.pipeline.errors import NumericError
 from cogview2.pipeline.models.not_finite import spoil_gradient
 from cogview2.pipeline.training.modules import Batch, LossOutput, TrainModule
 from cogview2.pipeline.training.normalisation import mean_mass, weight_mass
 from cogview2.pipeline.training.optimizers import build_optimizer, parameter_groups
-from cogview2.pipeline.training.state.files import BUFFER, Entry, RankState, StateReader
-from cogview2.pipeline.training.state.live import LiveState
+from cogview2.pipeline.training.state.files import RankState, StateReader
+from cogview2.pipeline.training.state.resumable import Resumable
 from cogview2.pipeline.weights.files import save_weights
 
 DeepSpeedConfig = dict[str, Any]
@@ -139,11 +139,8 @@ def _whole(parameter: torch.nn.Parameter) -> torch.Tensor:
         return parameter.data.clone()
 
 
-class _DeepSpeed:
+class _DeepSpeed(Resumable):
     """What both engines do with DeepSpeed's."""
-
-    data_rank: int
-    data_size: int
 
     def __init__(self, module: Any, config: DeepSpeedConfig, optimizer: OptimizerConfig) -> None:
         self.engine = _initialize(module, config, optimizer)
@@ -179,71 +176,6 @@ class _DeepSpeed:
         """Return the gradient norm before clipping of the last update; None when it was skipped."""
         norm = self.engine.get_global_grad_norm()
         return None if norm is None or not math.isfinite(norm) else float(norm)
-
-    def _named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """Yield this rank's parameters by the names that they have in the plain model."""
-        raise NotImplementedError
-
-    def _buffers(self) -> dict[str, torch.Tensor]:
-        """Return the persistent buffers, equal on all ranks, by name."""
-        return {}
-
-    def _live(self) -> LiveState:
-        return LiveState(self.engine, self._named(), self.data_rank, self.data_size)
-
-    def state(self) -> RankState:
-        """Return what this rank writes into a checkpoint: views of what it holds now.
-
-        Frozen parameters are left out: they come from the weights that the stage began with, whose hashes are in its
-        fingerprint.
-        """
-        live = self._live()
-        entries, shapes = live.entries(), live.shapes()
-        if dist.get_rank() == 0:
-            for name, buffer in self._buffers().items():
-                entries[Entry(BUFFER, 0, name)] = buffer.reshape(-1)
-                shapes[name] = tuple(buffer.shape)
-        counters = {name: int(getattr(self.engine, name)) for name in ("global_steps", "skipped_steps")}
-        return RankState(entries, shapes, plain=counters | {"loss_scaler": self._loss_scaler()})
-
-    def _read_buffers(self, reader: StateReader) -> None:
-        buffers = self._buffers()
-        missing = sorted(set(reader.names(BUFFER)) ^ set(buffers))
-        if missing:
-            raise CheckpointError(f"{reader.folder} and the model differ in {missing[0]}; restore the recipe")
-        for name, buffer in buffers.items():
-            buffer.copy_(reader.whole(name, BUFFER))
-
-    def _loss_scaler(self) -> dict[str, Any] | None:
-        """Return the numbers of fp16's loss scaler."""
-        if not self.engine.fp16_enabled():
-            return None
-        values = vars(self.engine.optimizer.loss_scaler)
-        return {name: value for name, value in values.items() if isinstance(value, bool | int | float)}
-
-    def load(self, reader: StateReader) -> None:
-        """Take the state over that engines of any topology wrote. Collective.
-
-        Raises:
-            CheckpointError: the files do not hold all of this model.
-        """
-        live, problem = self._live(), None
-        try:
-            live.read(reader)
-            self._read_buffers(reader)
-        except (CheckpointError, OSError) as error:
-            problem = str(error)
-        # Nobody may go on to what all do together while another one could not read its part.
-        problems = [text for text in gather_objects(problem) if text is not None]
-        if problems:
-            raise CheckpointError(problems[0])
-        live.spread()
-        engine, plain = self.engine, reader.plain[0]
-        engine.global_steps, engine.skipped_steps = plain["global_steps"], plain["skipped_steps"]
-        engine.micro_steps = engine.global_steps * self.accumulation
-        engine.global_samples = engine.global_steps * engine.train_batch_size()
-        if self.engine.fp16_enabled() and plain["loss_scaler"] is not None:
-            vars(engine.optimizer.loss_scaler).update(plain["loss_scaler"])
 
     @property
     def accumulation(self) -> int:

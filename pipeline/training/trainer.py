@@ -16,8 +16,9 @@ from cogview2.pipeline.config.training import TrainConfig
 from cogview2.pipeline.data.sample_plan import DataState, SamplePlan
 from cogview2.pipeline.data.skipped_batches import FILE, SkippedBatch, SkippedBatches
 from cogview2.pipeline.distributed import watchdog
-from cogview2.pipeline.distributed.process import World, broadcast_object, gather_objects
-from cogview2.pipeline.errors import CogView2Error, NumericError, Preempted
+from cogview2.pipeline.distributed.process import World, gather_objects
+from cogview2.pipeline.distributed.together import on_first
+from cogview2.pipeline.errors import NumericError, Preempted
 from cogview2.pipeline.stage_dir import StageDirectory
 from cogview2.pipeline.training.checkpoint import Checkpointer
 from cogview2.pipeline.training.engine import TrainingEngine
@@ -235,16 +236,9 @@ class Trainer:
         self._skipped = self._skipped.add(SkippedBatch(batch, step + 1, result.trouble.what, tuple(samples)))
         watchdog.enter("restore", step + 1)
         self.checkpointer.finish()
-        problem: CogView2Error | None = None
-        if self.world.is_first:
-            # Before the restore: a job that is killed from here on goes on in the same way.
-            try:
-                self._skipped.write(self.stage.path / FILE)
-            except CogView2Error as error:
-                problem = error
-        problem = broadcast_object(problem)
-        if problem is not None:
-            raise problem
+        # Before the restore: a job that is killed from here on goes on in the same way.
+        path = self.stage.path / FILE
+        on_first(lambda: self._skipped.write(path), f"write {path}")
         done = self._restore()
         if self.world.is_first:
             logger.warning(
@@ -264,17 +258,8 @@ class Trainer:
 
     def _read_skipped(self) -> SkippedBatches:
         """Return the batches that are left out, as rank 0 sees them. Collective."""
-        found: SkippedBatches | CogView2Error | None = None
-        if self.world.is_first:
-            try:
-                found = SkippedBatches.read(self.stage.path / FILE)
-            except CogView2Error as error:
-                found = error
-        found = broadcast_object(found)
-        if isinstance(found, CogView2Error):
-            raise found
-        assert found is not None
-        return found
+        path = self.stage.path / FILE
+        return on_first(lambda: SkippedBatches.read(path), f"read {path}")
 
     def _restore(self) -> int:
         """Restore the newest checkpoint and return its step; 0 without one. Collective."""
