@@ -12,9 +12,14 @@ from cogview2.pipeline.models.vqvae.model import RATES, VQVAE
 from cogview2.pipeline.models.vqvae.quantizer import Float32Buffers, far_rows
 from cogview2.pipeline.training.metrics import sum_over_ranks
 from cogview2.pipeline.training.modules import Batch, LossOutput, TrainModule
+from cogview2.pipeline.training.train_modules.code_candidates import CodeCandidates
 
 _INIT_LATENTS_PER_CODE = 32
-"""Latents per code, over all ranks, from which the codebook is initialised."""
+"""Latents per code, over the global batch, from which the codebook is initialised."""
+_RESTART_LATENTS_PER_CODE = 8
+"""Latents per code that may be restarted, over the global batch, among which its new place is looked for."""
+_LEAST_RESTART_LATENTS = 4096
+"""At least so many, however few the codes: badly served latents are rare."""
 
 
 class _CodeUse(Float32Buffers):
@@ -53,7 +58,7 @@ class VQVAETrainModule(TrainModule):
         self._rates: tuple[int, ...] = RATES
         self._counts: torch.Tensor | None = None
         self._sums: torch.Tensor | None = None
-        self._latents: torch.Tensor | None = None
+        self._candidates: CodeCandidates | None = None
 
     def start_from(self, trained: VQVAE) -> None:
         """Go on from the weights of `trained`, same sizes: its codebook is kept, and there is no warm-up without it."""
@@ -88,6 +93,8 @@ class VQVAETrainModule(TrainModule):
         counts["commitment"] = len(output.reconstructions)
         if self._quantize:
             self._count(output.latents, output.codes)
+            if self._candidates is not None:
+                self._candidates.add(output.latents, pixels_BCHW, self._rates)
         loss = torch.stack(terms).sum()
         return LossOutput(loss, torch.stack(list(sums.values())), torch.tensor(list(counts.values())))
 
@@ -95,30 +102,31 @@ class VQVAETrainModule(TrainModule):
         counts, sums = self.model.quantizer.statistics(latents_ME, codes_M)
         self._counts = counts if self._counts is None else self._counts + counts
         self._sums = sums if self._sums is None else self._sums + sums
-        self._latents = latents_ME
 
     def begin_step(self, step: int, micro_batches: list[Batch]) -> None:
         """Switch quantization on after the warm-up, with a codebook from the latents of this very step."""
-        self._counts = self._sums = self._latents = None
+        self._counts = self._sums = self._candidates = None
         self._quantize = self._has_codebook or step >= self.config.autoencoder_steps
         self._rates = RATES if step % self.config.other_rates_every == 0 else (self.rate,)
         if step == self.config.autoencoder_steps and not self._has_codebook:
-            self._initialize_codebook(micro_batches)
+            self._initialize_codebook(step, micro_batches)
+        limit = self.config.restart_after
+        if self._quantize and limit:
+            # Only these can be over the limit after this step; known on all ranks, and most steps have none.
+            near = int((self.use.idle_steps >= limit).sum())
+            if near:
+                wanted = max(_LEAST_RESTART_LATENTS, _RESTART_LATENTS_PER_CODE * near)
+                self._candidates = CodeCandidates(wanted, micro_batches, seed=self.seed, step=step)
 
     @torch.no_grad()
-    def _initialize_codebook(self, micro_batches: list[Batch]) -> None:
-        latents = torch.cat(
-            [self.model(batch["pixels"], quantize=False).latents for batch in micro_batches]
-        ).float()
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        generator = torch.Generator().manual_seed(self.seed)
-        wanted = min(len(latents), -(-_INIT_LATENTS_PER_CODE * self.config.model.codebook_size // world))
-        latents = latents[torch.randperm(len(latents), generator=generator)[:wanted].to(latents.device)]
-        if world > 1:
-            everybodys = [torch.empty_like(latents) for _ in range(world)]
-            dist.all_gather(everybodys, latents.contiguous())
-            latents = torch.cat(everybodys)
-        self.model.quantizer.initialize(latents, generator)
+    def _initialize_codebook(self, step: int, micro_batches: list[Batch]) -> None:
+        wanted = _INIT_LATENTS_PER_CODE * self.config.model.codebook_size
+        candidates = CodeCandidates(wanted, micro_batches, seed=self.seed, step=step)
+        for batch in micro_batches:
+            candidates.add(self.model(batch["pixels"], quantize=False).latents, batch["pixels"], RATES)
+        latents_ME = candidates.on_first()
+        if latents_ME is not None:
+            self.model.quantizer.initialize(latents_ME, torch.Generator().manual_seed(self.seed))
         self._from_rank_zero(*self.model.quantizer.buffers())
 
     @staticmethod
@@ -138,7 +146,7 @@ class VQVAETrainModule(TrainModule):
     @torch.no_grad()
     def end_step(self, step: int) -> dict[str, float]:
         """Update the codebook from the statistics of all ranks, and restart codes that nobody uses."""
-        if self._counts is None or self._sums is None or self._latents is None:
+        if self._counts is None or self._sums is None:
             return {}
         quantizer = self.model.quantizer
         packed = sum_over_ranks(torch.cat([self._counts[:, None], self._sums], dim=1))
@@ -147,20 +155,26 @@ class VQVAETrainModule(TrainModule):
         self.use.idle_steps.copy_(torch.where(counts > 0, 0, self.use.idle_steps + 1))
         self.use.recent.mul_(0.9).add_(counts, alpha=0.1)
         dead = self.use.idle_steps > self.config.restart_after
-        restarted = int(dead.sum()) if self.config.restart_after else 0
-        if restarted:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
-            rows = far_rows(self._latents.float(), restarted, generator, quantizer.embed.weight)
-            replacements = quantizer.embed.weight.clone()
-            replacements[dead.nonzero()[: len(rows), 0]] = self._latents[
-                rows.to(self._latents.device)
-            ].float()
-            self._from_rank_zero(replacements)
-            quantizer.restart(dead, replacements)
-            self.use.idle_steps[dead] = 0
+        restarted = int(dead.sum()) if self._candidates is not None else 0
+        if self._candidates is not None and restarted:
+            self._restart(step, dead, self._candidates)
+        self._candidates = None
         share, perplexity = quantizer.usage(self.use.recent)
         return {
             "codebook_used": share,
             "codebook_perplexity": perplexity,
             "codes_restarted": float(restarted),
         }
+
+    def _restart(self, step: int, dead_n: torch.Tensor, candidates: CodeCandidates) -> None:
+        """Move the codes of `dead_n` (bool [n]) to badly served latents of the global batch. Collective."""
+        quantizer = self.model.quantizer
+        replacements_nE = quantizer.embed.weight.clone()
+        latents_ME = candidates.on_first()
+        if latents_ME is not None:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+            rows = far_rows(latents_ME, int(dead_n.sum()), generator, quantizer.embed.weight)
+            replacements_nE[dead_n.nonzero()[: len(rows), 0]] = latents_ME[rows.to(latents_ME.device)]
+        self._from_rank_zero(replacements_nE)
+        quantizer.restart(dead_n, replacements_nE)
+        self.use.idle_steps[dead_n] = 0

@@ -14,6 +14,7 @@ from cogview2.pipeline.models.sr.iterative import IterativeSR
 from cogview2.pipeline.tokenizers.vocabulary import Vocabulary
 from cogview2.pipeline.training.modules import TrainModule
 from cogview2.pipeline.training.optimizers import parameter_groups
+from cogview2.pipeline.training.train_modules import vqvae as train_vqvae
 from cogview2.pipeline.training.train_modules.coglm import CogLMTrainModule
 from cogview2.pipeline.training.train_modules.sr import DirectSRTrainModule, IterativeSRTrainModule
 from cogview2.pipeline.training.train_modules.vqvae import VQVAETrainModule
@@ -192,6 +193,43 @@ def test_vqvae_restarts_codes_that_nobody_uses() -> None:
     assert module.model.quantizer.embed.weight[5].abs().max() < 1e2
     none = vqvae(warm_up=0, restart_after=0)
     assert sum(_vqvae_step(none, step, [batch])["codes_restarted"] for step in range(5)) == 0
+
+
+def test_vqvae_codebook_does_not_depend_on_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_vqvae, "_INIT_LATENTS_PER_CODE", 4)
+    monkeypatch.setattr(train_vqvae, "_LEAST_RESTART_LATENTS", 16)
+    torch.manual_seed(1)
+    pixels = [torch.rand(4, 3, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3) for _ in range(8)]
+    books, restarted = [], []
+    for parts in (1, 2, 4):
+        module = vqvae(restart_after=1)
+        with torch.no_grad():
+            for step, batch in enumerate(pixels):
+                micro_batches = [{"pixels": part} for part in batch.chunk(parts)]
+                module.begin_step(step, micro_batches)
+                for micro_batch in micro_batches:
+                    module(micro_batch)
+                restarted.append(module.end_step(step).get("codes_restarted", 0.0))
+                if step == 2:
+                    module.model.quantizer.embed.weight[:4] = 1e3  # nothing is near
+                    module.model.quantizer.embed_avg[:4] = 1e3
+        books.append(module.model.quantizer.embed.weight.clone())
+    assert restarted[:8] == restarted[8:16] == restarted[16:] and sum(restarted) >= 12
+    torch.testing.assert_close(books[1], books[0])
+    torch.testing.assert_close(books[2], books[0])
+
+
+def test_vqvae_keeps_latents_only_when_a_code_may_restart() -> None:
+    module = vqvae(warm_up=0, restart_after=2)
+    batch = {"pixels": torch.rand(2, 3, 16, 16)}
+    for idle, kept in ((0, False), (1, False), (2, True)):
+        module.use.idle_steps.fill_(0)
+        module.use.idle_steps[3] = idle
+        module.begin_step(1, [batch])
+        assert (module._candidates is not None) == kept
+        module(batch)
+        module.end_step(1)
+        assert module._candidates is None
 
 
 def test_vqvae_train_state_is_in_the_checkpoint_but_not_in_the_weights() -> None:
