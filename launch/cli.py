@@ -18,6 +18,7 @@ from cogview2.launch import launchers, local
 from cogview2.launch.cascade import Cascade, Options, select_stages, summary
 from cogview2.launch.hostfile import read_hostfile
 from cogview2.launch.plan import command as plan_command
+from cogview2.launch.signals import taken_over
 from cogview2.launch.status import find_models, find_run, log_file, table
 from cogview2.launch.submit import SUBMITTED, submit
 from cogview2.pipeline import fsops
@@ -168,16 +169,8 @@ def _stopped_between_jobs() -> Iterator[None]:
         raise KeyboardInterrupt
 
     numbers = (signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP)
-    before = {
-        number: signal.signal(number, stop)
-        for number in numbers
-        if signal.getsignal(number) is signal.SIG_DFL
-    }
-    try:
+    with taken_over(stop, [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _look_at_hosts(argv: Sequence[str]) -> int:

@@ -5,7 +5,7 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-from cogview2.launch.process import STOP_SIGNALS
+from cogview2.launch.signals import taken_over
 
 
 class Interruptions:
@@ -23,11 +23,5 @@ class Interruptions:
                 raise KeyboardInterrupt
             self.asked = True
 
-        # nohup ignores SIGHUP, and means it.
-        heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, handle) for number in heeded}
-        try:
+        with taken_over(handle):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)

@@ -7,16 +7,15 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import FrameType
 
 from cogview2.launch.job import Command
+from cogview2.launch.signals import taken_over
 from cogview2.pipeline.attempt import Attempt
 from cogview2.pipeline.errors import LaunchError
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-"""What asks a job to save and leave: a person, a closed terminal, a scheduler."""
 ALIVE_LINE, STOP_LINE, KILL_LINE = b"alive\n", b"stop\n", b"kill\n"
 """What is written to the standard input of a host agent."""
 ALIVE_SECONDS = 10.0
@@ -285,7 +284,7 @@ class JobGroup:
         """
         ended = threading.Event()
         alive = threading.Thread(target=self._keep_alive, args=(ended,), daemon=True)
-        with self._signals():
+        with taken_over(self._on_signal):
             try:
                 for member in self.members:
                     member.start()
@@ -333,19 +332,8 @@ class JobGroup:
             if ended.wait(_POLL_SECONDS):
                 return
 
-    @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        def handle(number: int, _frame: FrameType | None) -> None:
-            if self.interrupted and number == signal.SIGINT:
-                self.killed = True
-            self.interrupted = True
-            self.stop()
-
-        # nohup ignores SIGHUP, and means it.
-        heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, handle) for number in heeded}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self.interrupted and number == signal.SIGINT:
+            self.killed = True
+        self.interrupted = True
+        self.stop()

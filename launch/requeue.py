@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +13,8 @@ from cogview2.pipeline.command_line import Parser
 from cogview2.pipeline.config.stages import STAGES
 from cogview2.pipeline.errors import CogView2Error, ExitCode
 from cogview2.pipeline.run_dir import RunDirectory, units
+from cogview2.pipeline.training.state.manifest import MANIFEST, committed_steps, folder_name
 
-_STEP = re.compile(r"step_(\d+)")
 _NO_WORK = ("attempts", "samples", "tensorboard", "checkpoints", "quarantine")
 """Folders of a stage where files appear without anything being gained."""
 
@@ -35,9 +34,11 @@ def progress(run: RunDirectory, stage: str) -> dict[str, Any]:
     done = files = 0
     for unit in units(stage):
         directory = run.stage(unit)
-        manifests = directory.checkpoints.glob("step_*/MANIFEST.json")
-        found = [match for path in manifests if (match := _STEP.fullmatch(path.parent.name))]
-        steps[unit] = max((int(match[1]) for match in found), default=-1)
+        folder = directory.checkpoints
+        found = [
+            step for step in committed_steps(folder) if (folder / folder_name(step) / MANIFEST).is_file()
+        ]
+        steps[unit] = max(found, default=-1)
         done += directory.done() is not None
         if not found:
             files += _finished_files(directory.path)
@@ -78,7 +79,7 @@ def nothing_gained(run: RunDirectory, stage: str) -> str:
         return ""  # an attempt of an earlier version left no note
     if ahead:
         return ""
-    return f"attempt {last.number} saved nothing new (there is {_words(now)}); should that go on, read its logs: {last.path}"
+    return f"attempt {last.number} saved nothing new (what is kept so far: {_words(now)}); should that go on, read its logs: {last.path}"
 
 
 def remember_start(run: RunDirectory, stage: str, attempt: Attempt) -> None:
@@ -114,7 +115,7 @@ def decide(run: RunDirectory, stage: str, restarts: int, limit: int) -> tuple[bo
         )
     if not ahead:
         return False, (
-            f"{stage}: not requeued, nothing was saved since it was started before (newest checkpoint: "
+            f"{stage}: not requeued, nothing was saved since it was started before (what is kept so far: "
             f"{_words(now)}); read its log, then submit it again"
         )
     remember(run, stage)
@@ -123,7 +124,8 @@ def decide(run: RunDirectory, stage: str, restarts: int, limit: int) -> tuple[bo
 
 def _words(now: dict[str, Any]) -> str:
     steps = [f"{unit} step {step}" for unit, step in now["steps"].items() if step >= 0]
-    return ", ".join(steps) if steps else f"{now['files']} finished files"
+    files = now["files"]
+    return ", ".join(steps) or (f"{files} finished file{'s' * (files > 1)}" if files else "nothing")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -133,28 +133,25 @@ def explained(path: Path) -> Iterator[None]:
         raise RunDirectoryError(f"cannot write {path}: {_REMEDIES[error.errno]}") from error
 
 
-def fsync_file(path: Path) -> None:
-    """Force the content of the file `path` to the disk."""
+def _fsync(path: Path, kind: str, flags: int) -> None:
     with explained(path):
-        hit("fsops.fsync")
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        hit(f"fsops.{kind}")
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    _record("fsync", path)
+    _record(kind, path)
+
+
+def fsync_file(path: Path) -> None:
+    """Force the content of the file `path` to the disk."""
+    _fsync(path, "fsync", 0)
 
 
 def fsync_dir(path: Path) -> None:
     """Force the entries (names) of the directory `path` to the disk."""
-    with explained(path):
-        hit("fsops.fsync_dir")
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    _record("fsync_dir", path)
+    _fsync(path, "fsync_dir", os.O_DIRECTORY)
 
 
 def make_dirs(path: Path) -> Path:

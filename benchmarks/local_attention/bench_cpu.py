@@ -22,7 +22,6 @@ import torch
 from cases import CPU_CASES, HEADLINE, TINY_CASES, Case, make_inputs, useful_flops
 
 MODES = ("forward", "both")
-MODE_TITLES = {"forward": "forward", "both": "forward + backward"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SGEMM_SIZE = 2048
 MEMORY_SECONDS = 900

@@ -32,11 +32,6 @@ class Difference:
         own, other = (self.released, self.paper) if preset == "released" else (self.paper, self.released)
         return other if own is None else own
 
-    @property
-    def differs(self) -> bool:
-        """Whether the two presets set different values."""
-        return self.key is not None and self.value("released") != self.value("paper")
-
 
 DIFFERENCES = (
     Difference(

@@ -1,9 +1,4 @@
-"""Streaming mean and covariance of features in float64, merged over parts and ranks, and their .npz files."""
-
-import io
-import zipfile
-from dataclasses import dataclass
-from pathlib import Path
+"""Streaming mean and covariance of features in float64, summed over ranks."""
 
 import numpy as np
 import torch
@@ -11,7 +6,6 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cogview2.pipeline import fsops
 from cogview2.pipeline.errors import DataError
 
 Array = NDArray[np.float64]
@@ -49,15 +43,6 @@ class FeatureStatistics:
         self.outer += features_BD.T @ features_BD
         return self
 
-    def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
-        """Add the features that `other` has seen; returns self."""
-        if other.dim != self.dim:
-            raise DataError(f"statistics of dimension {other.dim} do not merge into {self.dim}")
-        self.count += other.count
-        self.total += other.total
-        self.outer += other.outer
-        return self
-
     def all_reduce(self) -> "FeatureStatistics":
         """Become the statistics of all ranks, on every rank; returns self.
 
@@ -90,84 +75,3 @@ class FeatureStatistics:
         cov = (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
         cov = (cov + cov.T) / 2
         return mean.numpy(), cov.numpy()
-
-    def to_arrays(self) -> dict[str, NDArray[np.generic]]:
-        """Return the plain sums, for a file that `from_arrays` reads back exactly."""
-        return {
-            "count": np.array(self.count, dtype=np.int64),
-            "total": self.total.numpy(),
-            "outer": self.outer.numpy(),
-        }
-
-    @classmethod
-    def from_arrays(cls, arrays: dict[str, NDArray[np.generic]]) -> "FeatureStatistics":
-        """Return the statistics whose `to_arrays` is `arrays`."""
-        total = np.asarray(arrays["total"], dtype=np.float64)
-        outer = np.asarray(arrays["outer"], dtype=np.float64)
-        if total.ndim != 1 or outer.shape != (total.size, total.size):
-            raise DataError(f"sums of shapes {total.shape} and {outer.shape} are no feature statistics")
-        statistics = cls(total.size)
-        statistics.count = int(arrays["count"])
-        statistics.total = torch.from_numpy(total.copy())
-        statistics.outer = torch.from_numpy(outer.copy())
-        return statistics
-
-
-@dataclass(frozen=True)
-class SavedStatistics:
-    """Mean and covariance from a file; files of other tools do not say how many pictures or which network."""
-
-    mean: Array
-    cov: Array
-    count: int | None = None
-    network: str | None = None
-    network_sha256: str | None = None
-
-
-def save_statistics(path: Path, statistics: FeatureStatistics, network: str, network_sha256: str) -> None:
-    """Write mean and covariance as .npz with the names mu and sigma, which pytorch-fid reads.
-
-    Args:
-        path: the .npz file.
-        statistics: of two features or more.
-        network: name of the feature network.
-        network_sha256: of its weights.
-    """
-    mean, cov = statistics.mean_cov()
-    buffer = io.BytesIO()
-    np.savez(
-        buffer,
-        mu=mean,
-        sigma=cov,
-        count=np.int64(statistics.count),
-        network=np.array(network),
-        network_sha256=np.array(network_sha256),
-    )
-    fsops.write_bytes(Path(path), buffer.getvalue())
-
-
-def load_statistics(path: Path) -> SavedStatistics:
-    """Read an .npz with mu and sigma, ours or pytorch-fid's.
-
-    Raises:
-        DataError: unreadable, or not such a file.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        mean, cov = np.asarray(arrays["mu"], dtype=np.float64), np.asarray(arrays["sigma"], dtype=np.float64)
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"{path} is not an .npz file of feature statistics with mu and sigma: {error}"
-        ) from error
-    if mean.ndim != 1 or cov.shape != (mean.size, mean.size):
-        raise DataError(
-            f"{path}: mu has shape {mean.shape} and sigma {cov.shape}; they must be [d] and [d, d]"
-        )
-    return SavedStatistics(
-        mean=mean,
-        cov=cov,
-        count=int(arrays["count"]) if "count" in arrays else None,
-        network=str(arrays["network"]) if "network" in arrays else None,
-        network_sha256=str(arrays["network_sha256"]) if "network_sha256" in arrays else None,
-    )

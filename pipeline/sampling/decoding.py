@@ -51,43 +51,12 @@ def _check_uniforms(logits_BV: torch.Tensor, uniforms: torch.Tensor, shape: tupl
         )
 
 
-def cluster_probabilities(
-    logits_BV: torch.Tensor,
-    labels_V: torch.Tensor,
-    temperature: float,
-    top_k_clusters: int,
-    cluster_temperature: float,
-) -> torch.Tensor:
-    """Return the distribution that cluster sampling draws from, float32 [B, V] (spec 3.3).
+class ClusterSampler:
+    """Cluster sampling (spec 3.3) of many logits with the same labels: what the labels decide is prepared once.
 
     p = softmax(z / T); the k clusters of the largest summed p are kept and renormalised; inside a cluster the
     ids follow softmax(z / T / T2).
-
-    Args:
-        logits_BV: float.
-        labels_V: int64, the cluster of every id; clusters without an id are never drawn.
-        temperature: T.
-        top_k_clusters: k; any number from that of the clusters on means all.
-        cluster_temperature: T2.
     """
-    _check_labels(logits_BV, labels_V)
-    weights_BV = _weights(logits_BV.double(), temperature)
-    masses_BC = weights_BV.new_zeros(len(logits_BV), int(labels_V.max()) + 1)
-    masses_BC.scatter_add_(1, labels_V.expand_as(weights_BV), weights_BV)
-    masses_BC = _keep_largest(masses_BC, top_k_clusters)
-    masses_BC = masses_BC / masses_BC.sum(1, keepdim=True)
-    scaled_BV = logits_BV.double() / (temperature * cluster_temperature)
-    labels_BV = labels_V.expand_as(scaled_BV)
-    # The softmax inside a cluster needs the cluster's own maximum: a far one would underflow to 0 / 0.
-    peaks_BC = torch.full_like(masses_BC, -torch.inf).scatter_reduce_(1, labels_BV, scaled_BV, "amax")
-    weights_BV = torch.exp(scaled_BV - peaks_BC.gather(1, labels_BV))
-    totals_BC = torch.zeros_like(masses_BC).scatter_add_(1, labels_BV, weights_BV)
-    inside_BV = weights_BV / totals_BC.gather(1, labels_BV)
-    return (inside_BV * masses_BC.gather(1, labels_BV)).float()
-
-
-class ClusterSampler:
-    """Cluster sampling (spec 3.3) of many logits with the same labels: what the labels decide is prepared once."""
 
     def __init__(
         self, labels_V: torch.Tensor, *, temperature: float, top_k_clusters: int, cluster_temperature: float
@@ -95,8 +64,11 @@ class ClusterSampler:
         """Sort the ids by cluster.
 
         Args:
-            labels_V: int64 on the device of the logits to come, the cluster of every id.
-            temperature, top_k_clusters, cluster_temperature: see `cluster_probabilities`.
+            labels_V: int64 on the device of the logits to come, the cluster of every id; clusters without an id
+                are never drawn.
+            temperature: T.
+            top_k_clusters: k; any number from that of the clusters on means all.
+            cluster_temperature: T2.
         """
         self._labels_V, self._top_k = labels_V, top_k_clusters
         self._temperature, self._cluster_temperature = temperature, cluster_temperature
@@ -130,25 +102,6 @@ class ClusterSampler:
         inside_BW = logits_BV.gather(1, ids_BW).double() / (self._temperature * self._cluster_temperature)
         chances_BW = torch.softmax(inside_BW.masked_fill_(outside_BW, -torch.inf), dim=-1)
         return ids_BW.gather(1, _inverse_cdf(chances_BW, uniforms_B2[:, 1])[:, None])[:, 0]
-
-
-def draw_cluster(
-    logits_BV: torch.Tensor,
-    labels_V: torch.Tensor,
-    uniforms_B2: torch.Tensor,
-    *,
-    temperature: float,
-    top_k_clusters: int,
-    cluster_temperature: float,
-) -> torch.Tensor:
-    """Draw one id for each row from `cluster_probabilities`, int64 [B]; see ClusterSampler."""
-    sampler = ClusterSampler(
-        labels_V,
-        temperature=temperature,
-        top_k_clusters=top_k_clusters,
-        cluster_temperature=cluster_temperature,
-    )
-    return sampler(logits_BV, uniforms_B2)
 
 
 def draw_top_k(logits_BV: torch.Tensor, uniforms_B: torch.Tensor, k: int, temperature: float) -> torch.Tensor:

@@ -64,7 +64,6 @@ class FitResult:
     step: int
     loss: float | None
     """Of the last step with a finite one; None when there was nothing left to train."""
-    resumed_from: int
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ class Trainer:
         """
         watchdog.enter("restore")
         self._skipped = self._read_skipped()
-        first = done = self._restore()
+        done = self._restore()
         try:
             self._open_writer(done)
             while done < self.train.steps:
@@ -158,7 +157,7 @@ class Trainer:
             if self._writer is not None:
                 self._writer.close()
         watchdog.enter("work", self.train.steps)
-        return FitResult(self.train.steps, self._loss, first)
+        return FitResult(self.train.steps, self._loss)
 
     def train_step(self, step: int) -> _Step:
         """Make update `step` (from 0): read, forward, backward, clip, update; then agree with all ranks."""

@@ -1,4 +1,4 @@
-"""Which models a command uses, where and how precisely: the options that edit, caption and rank share."""
+"""Which models a command uses, where and how precisely: the options that several commands share."""
 
 import argparse
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from cogview2.pipeline.errors import ConfigError
+from cogview2.pipeline.sampling.styles import NO_STYLE, load_styles
 from cogview2.pipeline.sampling.text_to_image import TextToImage
 from cogview2.stages._loading import load_text_to_image
 
@@ -26,6 +27,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", metavar="NAME", help="for example cpu or cuda:1; default: the first GPU, or the CPU"
     )
+
+
+def add_style_options(parser: argparse.ArgumentParser) -> None:
+    """Add --style and --styles, for `styles.find_style`."""
+    parser.add_argument(
+        "--style",
+        default=NO_STYLE,
+        metavar="NAME",
+        help=f"{', '.join(load_styles())}, or one of --styles; default: {NO_STYLE}",
+    )
+    parser.add_argument("--styles", type=Path, metavar="FILE", help="YAML file of your own styles")
 
 
 def load_models(arguments: argparse.Namespace, *, superres: bool) -> TextToImage:

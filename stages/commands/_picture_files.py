@@ -1,6 +1,7 @@
 """Pictures that people name on the command line: opened with care, written with the facts of their making."""
 
 import io
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -8,13 +9,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from cogview2.pipeline import fsops
+from cogview2.pipeline.command_line import run_command
 from cogview2.pipeline.config.data import ImageRulesConfig
 from cogview2.pipeline.data.images import open_image
 from cogview2.pipeline.data.records import RefusedError
-from cogview2.pipeline.errors import DataError
+from cogview2.pipeline.errors import DataError, ExitCode
 
 RULES = ImageRulesConfig()
 """The default limits of recipes."""
+Refuse = Callable[[DataError], None]
+"""Told why a picture cannot be used; the others go on."""
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -37,7 +41,7 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def usable_batches(
-    paths: Sequence[Path], batch: int, refuse: Callable[[DataError], None]
+    paths: Sequence[Path], batch: int, refuse: Refuse
 ) -> Iterator[tuple[list[Path], list[Image.Image]]]:
     """Open pictures, at most `batch` at a time, and yield those that can be used.
 
@@ -57,6 +61,21 @@ def usable_batches(
                 refuse(error)
         if kept:
             yield kept, pictures
+
+
+def run_on_pictures(name: str, work: Callable[[Refuse], None]) -> int:
+    """Do the work of `cogview2 name`, and return its exit code (see run_command): 78 if any picture was refused."""
+    refused: list[DataError] = []
+
+    def refuse(error: DataError) -> None:
+        refused.append(error)
+        print(f"cogview2 {name}: {error}", file=sys.stderr)
+
+    def whole() -> ExitCode:
+        work(refuse)
+        return ExitCode.REFUSED if refused else ExitCode.DONE
+
+    return run_command(name, whole)
 
 
 def write_png(path: Path, picture: Image.Image, facts: dict[str, str]) -> Path:

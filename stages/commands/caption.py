@@ -8,15 +8,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cogview2.pipeline.command_line import Parser, run_command
+from cogview2.pipeline.command_line import Parser
 from cogview2.pipeline.config.data import Language
 from cogview2.pipeline.config.sampling import CaptioningConfig
-from cogview2.pipeline.errors import DataError, ExitCode
 from cogview2.pipeline.sampling.captioning import caption_candidates
 from cogview2.pipeline.sampling.pictures import encode_pictures
 from cogview2.stages.commands._config_options import add_options, changed
 from cogview2.stages.commands._model_options import add_model_options, load_models
-from cogview2.stages.commands._picture_files import usable_batches
+from cogview2.stages.commands._picture_files import Refuse, run_on_pictures, usable_batches
 
 _LANGUAGES: dict[str, tuple[Language, ...]] = {"en": ("en",), "zh": ("zh",), "both": ("en", "zh")}
 
@@ -40,16 +39,12 @@ def _print_line(found: dict[str, Any]) -> None:
     print(f"{found['picture']}\t{found['language']}\t{best['score']:.3f}\t{best['text']}")
 
 
-def _caption(arguments: argparse.Namespace, refused: list[DataError]) -> None:
-    """Describe all usable pictures and print what was found; the others are added to `refused`."""
+def _caption(arguments: argparse.Namespace, refuse: Refuse) -> None:
+    """Describe all usable pictures and print what was found; the others are reported to `refuse`."""
     cascade = load_models(arguments, superres=False)
     config = changed(cascade.sampling.captioning, arguments)
     batch = cascade.sampling.batch
     results: list[dict[str, Any]] = []
-
-    def refuse(error: DataError) -> None:
-        refused.append(error)
-        print(f"cogview2 caption: {error}", file=sys.stderr)
 
     places = {path: place for place, path in reversed(list(enumerate(arguments.pictures)))}
     for paths, pictures in usable_batches(arguments.pictures, batch, refuse):
@@ -78,13 +73,7 @@ def _caption(arguments: argparse.Namespace, refused: list[DataError]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Describe pictures; return the exit code (errors.ExitCode): 78 if any picture was refused."""
     arguments = _parse(argv)
-
-    def work() -> ExitCode:
-        refused: list[DataError] = []
-        _caption(arguments, refused)
-        return ExitCode.REFUSED if refused else ExitCode.DONE
-
-    return run_command("caption", work)
+    return run_on_pictures("caption", lambda refuse: _caption(arguments, refuse))
 
 
 if __name__ == "__main__":

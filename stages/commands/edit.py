@@ -17,9 +17,9 @@ from cogview2.pipeline.config.sampling import EditingConfig
 from cogview2.pipeline.errors import DataError
 from cogview2.pipeline.sampling.editing import Edited, edit
 from cogview2.pipeline.sampling.regions import Box, Fractions, Region
-from cogview2.pipeline.sampling.styles import NO_STYLE, find_style, load_styles
+from cogview2.pipeline.sampling.styles import find_style
 from cogview2.stages.commands._config_options import add_options, changed
-from cogview2.stages.commands._model_options import add_model_options, load_models
+from cogview2.stages.commands._model_options import add_model_options, add_style_options, load_models
 from cogview2.stages.commands._picture_files import open_picture, write_png
 from cogview2.stages.commands.generate import sheet, slug
 
@@ -134,13 +134,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--base-only", action="store_true", help="edit at the base size, without super-resolution"
     )
-    parser.add_argument(
-        "--style",
-        default=NO_STYLE,
-        metavar="NAME",
-        help=f"{', '.join(load_styles())}, or one of --styles; default: {NO_STYLE}",
-    )
-    parser.add_argument("--styles", type=Path, metavar="FILE", help="YAML file of your own styles")
+    add_style_options(parser)
     add_options(parser, EditingConfig)
     return parser.parse_args(argv)
 

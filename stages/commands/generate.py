@@ -15,9 +15,9 @@ from cogview2.pipeline import fsops
 from cogview2.pipeline.command_line import Parser, print_paths
 from cogview2.pipeline.errors import DataError
 from cogview2.pipeline.sampling.meter import Meter
-from cogview2.pipeline.sampling.styles import NO_STYLE, find_style, load_styles
+from cogview2.pipeline.sampling.styles import find_style
 from cogview2.pipeline.sampling.text_to_image import Drawn, Pick, Picture
-from cogview2.stages.commands._model_options import add_model_options, load_models
+from cogview2.stages.commands._model_options import add_model_options, add_style_options, load_models
 from cogview2.stages.commands._picture_files import write_png
 
 _SLUG_CHARACTERS = 40
@@ -147,13 +147,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("prompts", metavar="TEXT", nargs="+", help="what to draw, English or Chinese")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: RUN/generated/<time>")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
-    parser.add_argument(
-        "--style",
-        default=NO_STYLE,
-        metavar="NAME",
-        help=f"{', '.join(load_styles())}, or one of --styles; default: {NO_STYLE}",
-    )
-    parser.add_argument("--styles", type=Path, metavar="FILE", help="YAML file of your own styles")
+    add_style_options(parser)
     parser.add_argument(
         "--candidates",
         type=_count,

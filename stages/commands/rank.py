@@ -8,15 +8,15 @@ from pathlib import Path
 
 import torch
 
-from cogview2.pipeline.command_line import Parser, run_command
+from cogview2.pipeline.command_line import Parser
 from cogview2.pipeline.config.sampling import RankingConfig
-from cogview2.pipeline.errors import DataError, ExitCode
+from cogview2.pipeline.errors import DataError
 from cogview2.pipeline.sampling.pictures import encode_pictures
 from cogview2.pipeline.sampling.reranking import rank
 from cogview2.pipeline.sampling.styles import Style
 from cogview2.stages.commands._config_options import add_options, changed
 from cogview2.stages.commands._model_options import add_model_options, load_models
-from cogview2.stages.commands._picture_files import usable_batches
+from cogview2.stages.commands._picture_files import Refuse, run_on_pictures, usable_batches
 
 _STARTS = {"en": "english", "zh": "chinese"}
 
@@ -41,8 +41,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _rank(arguments: argparse.Namespace, refused: list[DataError]) -> None:
-    """Print the usable pictures in order; the others are added to `refused`."""
+def _rank(arguments: argparse.Namespace, refuse: Refuse) -> None:
+    """Print the usable pictures in order; the others are reported to `refuse`."""
     if not arguments.text.strip():
         raise DataError("the text is empty; describe a picture")
     cascade = load_models(arguments, superres=False)
@@ -50,10 +50,6 @@ def _rank(arguments: argparse.Namespace, refused: list[DataError]) -> None:
     text_ids, note = cascade.encode_styled(arguments.text, Style())
     if note is not None:
         print(f"cogview2 rank: {note}", file=sys.stderr)
-
-    def refuse(error: DataError) -> None:
-        refused.append(error)
-        print(f"cogview2 rank: {error}", file=sys.stderr)
 
     kept: list[Path] = []
     codes: list[torch.Tensor] = []
@@ -84,13 +80,7 @@ def _rank(arguments: argparse.Namespace, refused: list[DataError]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Order pictures; return the exit code (errors.ExitCode): 78 if any picture was refused."""
     arguments = _parse(argv)
-
-    def work() -> ExitCode:
-        refused: list[DataError] = []
-        _rank(arguments, refused)
-        return ExitCode.REFUSED if refused else ExitCode.DONE
-
-    return run_command("rank", work)
+    return run_on_pictures("rank", lambda refuse: _rank(arguments, refuse))
 
 
 if __name__ == "__main__":

@@ -29,14 +29,11 @@ from cogview2.pipeline.models.transformer.norm import LayerNorm
 
 logger = logging.getLogger(__name__)
 TIED_KEY = "word_embeddings"
-TIED_PATTERN = rf"tied_modules\.{TIED_KEY}\..*"
-"""For a universal checkpoint's `pipeline_replicated_parameter_patterns`: else reshaping is silently wrong."""
 _FIRST_BLOCK = 2
 _PREFIX = "transformer."
 
 HiddenAndWords = tuple[torch.Tensor, torch.Tensor]
 Targets = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-LayerStates = dict[int, dict[str, torch.Tensor]]
 
 
 class PipeWords(Embedding):
@@ -220,21 +217,6 @@ def build_pipeline_module(
     )
 
 
-def _to_pipe(name: str, config: CogLMConfig) -> tuple[int, str]:
-    """Return (layer index, name inside the layer) of a plain parameter name."""
-    head, _, tail = name.removeprefix(_PREFIX).partition(".")
-    if head == "word_embeddings":
-        return 0, tail
-    if head == "position_embeddings":
-        return 1, f"{head}.{tail}"
-    if head == "layers":
-        index, _, inner = tail.partition(".")
-        return _FIRST_BLOCK + int(index), inner
-    if head == "final_layernorm":
-        return _FIRST_BLOCK + config.layers, tail
-    raise CheckpointError(f"{name!r} is not a weight of CogLM; expected the published names, transformer.*")
-
-
 def _to_plain(layer: int, name: str, config: CogLMConfig) -> str:
     if layer == 0:
         return f"{_PREFIX}word_embeddings.{name}"
@@ -245,28 +227,6 @@ def _to_plain(layer: int, name: str, config: CogLMConfig) -> str:
     if layer == _FIRST_BLOCK + config.layers:
         return f"{_PREFIX}final_layernorm.{name}"
     raise CheckpointError(f"layer {layer} of a CogLM with {config.layers} blocks has no weights of its own")
-
-
-def plain_to_pipe_state(state: dict[str, torch.Tensor], config: CogLMConfig) -> LayerStates:
-    """Sort a CogLM state dict into {pipe layer index: {name inside the layer: tensor}}; nothing is copied.
-
-    Raises:
-        CheckpointError: a name that CogLM does not have.
-    """
-    layers: LayerStates = {}
-    for name, tensor in state.items():
-        layer, inner = _to_pipe(name, config)
-        layers.setdefault(layer, {})[inner] = tensor
-    return layers
-
-
-def pipe_to_plain(layers: LayerStates, config: CogLMConfig) -> dict[str, torch.Tensor]:
-    """Inverse of `plain_to_pipe_state`; the layer states are also those of DeepSpeed's layer_NN files."""
-    return {
-        _to_plain(layer, name, config): tensor
-        for layer, state in layers.items()
-        for name, tensor in state.items()
-    }
 
 
 def plain_name(pipe_name: str, config: CogLMConfig) -> str:

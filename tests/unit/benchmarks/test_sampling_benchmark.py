@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from cluster_distribution import cluster_distribution
 
 from cogview2.pipeline.config.model import CogLMConfig
 from cogview2.pipeline.config.sampling import AutoregressiveSamplingConfig
 from cogview2.pipeline.models.coglm.model import CogLM
-from cogview2.pipeline.sampling.decoding import cluster_probabilities
 
 sys.path.append(str(Path(__file__).resolve().parents[3] / "benchmarks/sampling"))
 
@@ -72,7 +72,7 @@ def test_straight_sampling_draws_what_can_be_drawn() -> None:
     logits, labels = torch.randn(1, 30).expand(4000, -1) * 2, torch.arange(30) % 7
     config = AutoregressiveSamplingConfig(top_k_clusters=3)
     drawn = loops.draw_straight(logits.clone(), labels, 7, config)[:, 0]
-    chances = cluster_probabilities(logits[:1], labels, 1.15, 3, 1.0)[0]
+    chances = cluster_distribution(logits[0], labels, 1.15, 3, 1.0)
     shares = torch.bincount(drawn, minlength=30) / 4000
     assert (shares - chances).abs().max() < 0.05
 

@@ -26,6 +26,14 @@ def spec(tmp_path: Path) -> JobSpec:
     return JobSpec("train_vqvae", tmp_path, 1, (Host("a", 1), Host("b", 2)), "a", 4711)
 
 
+@pytest.fixture
+def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The clock of the launcher, one number that a test moves on."""
+    now = [100.0]
+    monkeypatch.setattr("cogview2.launch.failure.time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
 SRUN = ("srun", "--nodes=2", "python", "-P", "-m", "cogview2.launch.agent", "--job", "x")
 
 
@@ -127,9 +135,7 @@ def test_what_counts_as_interrupted(
     assert was_interrupted(attempt, job) is expected
 
 
-def test_peers_are_stopped_a_while_after_a_failure(spec: JobSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr("cogview2.launch.failure.time", SimpleNamespace(monotonic=lambda: now[0]))
+def test_peers_are_stopped_a_while_after_a_failure(spec: JobSpec, now: list[float]) -> None:
     attempt = Attempt(spec.folder)
     job = job_of(attempt, "SIGUSR1", None)
     peers = PeerStop(attempt, job)
@@ -148,10 +154,8 @@ def test_peers_are_stopped_a_while_after_a_failure(spec: JobSpec, monkeypatch: p
 
 
 def test_a_job_that_hangs_is_killed_once_its_ranks_had_time_to_say_so(
-    spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+    spec: JobSpec, now: list[float]
 ) -> None:
-    now = [100.0]
-    monkeypatch.setattr("cogview2.launch.failure.time", SimpleNamespace(monotonic=lambda: now[0]))
     attempt = Attempt(spec.folder)
     job = job_of(attempt, "ranks", None)
     peers = PeerStop(attempt, job, asks=False)
@@ -165,10 +169,8 @@ def test_a_job_that_hangs_is_killed_once_its_ranks_had_time_to_say_so(
 
 
 def test_a_job_that_merely_failed_is_left_to_the_launcher_that_minds_it(
-    spec: JobSpec, monkeypatch: pytest.MonkeyPatch
+    spec: JobSpec, now: list[float]
 ) -> None:
-    now = [100.0]
-    monkeypatch.setattr("cogview2.launch.failure.time", SimpleNamespace(monotonic=lambda: now[0]))
     attempt = Attempt(spec.folder)
     job = job_of(attempt, "ranks", None)
     peers = PeerStop(attempt, job, asks=False)

@@ -109,7 +109,7 @@ def test_an_attempt_that_gains_nothing_is_said_at_the_next(
     run: RunDirectory, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage = run.stage("train_vqvae").create()
-    said = "attempt {} saved nothing new (there is {}); should that go on"
+    said = "attempt {} saved nothing new (what is kept so far: {}); should that go on"
 
     def start(mode: str) -> str:
         (run.path / "mode").write_text(mode)
@@ -117,7 +117,7 @@ def test_an_attempt_that_gains_nothing_is_said_at_the_next(
         return capsys.readouterr().out
 
     assert "saved nothing new" not in start("fail70")
-    assert said.format(1, "0 finished files") in start("fail70")
+    assert said.format(1, "nothing") in start("fail70")
     manifest = stage.checkpoints / "step_000000010" / "MANIFEST.json"
     manifest.parent.mkdir()
     manifest.write_text("{}")

@@ -276,14 +276,3 @@ def test_agents_hear_that_their_launcher_lives_while_its_file_system_hangs(
     assert job.run(poll) == 0
     assert seen == ["5"]
     assert not [thread for thread in threading.enumerate() if "_keep_alive" in thread.name]
-
-
-def test_nohup_is_heeded(attempt: Attempt) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with JobGroup([], attempt)._signals():
-            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)

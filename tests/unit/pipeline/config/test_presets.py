@@ -22,7 +22,7 @@ coglm: {{train: {{global_batch: 8, deepspeed: debug}}}}
 direct_sr: {{train: {TRAIN}}}
 iterative_sr: {{train: {TRAIN}}}
 """
-DIFFERING = {each.key for each in DIFFERENCES if each.differs}
+DIFFERING = {each.key for each in DIFFERENCES if each.key and each.value("released") != each.value("paper")}
 
 
 def leaves(recipe: Recipe) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from cogview2.pipeline.sampling.autoregressive import (
     lay_out_prompts,
     sample_base_codes,
 )
-from cogview2.pipeline.sampling.decoding import draw_cluster
+from cogview2.pipeline.sampling.decoding import ClusterSampler
 from cogview2.pipeline.sampling.kv_cache import PreallocatedCache
 from cogview2.pipeline.sampling.noise import batch_uniforms
 from cogview2.pipeline.tokenizers.vocabulary import Vocabulary
@@ -79,22 +79,17 @@ def test_codes_equal_uncached_sampling_of_the_published_sequence(model: CogLM, b
     model.eval()
     noise = batch_uniforms(5, range(5), "base", GRID**2, 2)
     ours = _sample(model, PROMPTS, [0, 1, 2, 3, 4], text_attention_bias=bias)
+    sampler = ClusterSampler(
+        LABELS,
+        temperature=CONFIG.temperature,
+        top_k_clusters=CONFIG.top_k_clusters,
+        cluster_temperature=CONFIG.cluster_temperature,
+    )
     for row, prompt in enumerate(PROMPTS):
         codes: list[int] = []
         for cell in range(GRID**2):
             logits = _published_sequence(model, prompt, codes, bias)[-1:]
-            codes.append(
-                int(
-                    draw_cluster(
-                        logits,
-                        LABELS,
-                        noise[row, cell : cell + 1],
-                        temperature=CONFIG.temperature,
-                        top_k_clusters=CONFIG.top_k_clusters,
-                        cluster_temperature=CONFIG.cluster_temperature,
-                    )
-                )
-            )
+            codes.append(int(sampler(logits, noise[row, cell : cell + 1])))
         assert codes == ours[row].tolist()
     model.train()
 

@@ -8,7 +8,7 @@ from cogview2.pipeline.config.model import CogLMConfig
 from cogview2.pipeline.config.sampling import AutoregressiveSamplingConfig
 from cogview2.pipeline.models.coglm.model import CogLM
 from cogview2.pipeline.sampling.autoregressive import UNKNOWN
-from cogview2.pipeline.sampling.decoding import draw_cluster
+from cogview2.pipeline.sampling.decoding import ClusterSampler
 from cogview2.pipeline.sampling.infilling import infill, infilling_order, lay_out_infilling
 from cogview2.pipeline.sampling.noise import batch_uniforms
 from cogview2.pipeline.tokenizers.vocabulary import Vocabulary
@@ -110,6 +110,12 @@ def _slowly(model: CogLM, sequence, uniforms_M2: torch.Tensor) -> torch.Tensor:
     """Return the codes of every cell, one full forward pass for each unknown one, no cache."""
     tokens = sequence.tokens[0].clone()
     codes = torch.tensor(CODES)
+    sampler = ClusterSampler(
+        LABELS,
+        temperature=SAMPLING.temperature,
+        top_k_clusters=SAMPLING.top_k_clusters,
+        cluster_temperature=SAMPLING.cluster_temperature,
+    )
     model.eval()
     for place in (tokens == UNKNOWN).nonzero()[:, 0].tolist():
         with torch.no_grad():
@@ -120,14 +126,7 @@ def _slowly(model: CogLM, sequence, uniforms_M2: torch.Tensor) -> torch.Tensor:
                 attention_bias=sequence.attention_bias[..., :place],
             )
         cell = int(sequence.position_ids[0, place]) - 13
-        tokens[place] = codes[cell] = draw_cluster(
-            model.logits(hidden[:, -1], 20),
-            LABELS,
-            uniforms_M2[cell][None],
-            temperature=SAMPLING.temperature,
-            top_k_clusters=SAMPLING.top_k_clusters,
-            cluster_temperature=SAMPLING.cluster_temperature,
-        )
+        tokens[place] = codes[cell] = sampler(model.logits(hidden[:, -1], 20), uniforms_M2[cell][None])
     return codes
 
 

@@ -7,7 +7,7 @@ from cogview2.pipeline.config.model import CogLMConfig
 from cogview2.pipeline.errors import CheckpointError
 from cogview2.pipeline.models.coglm.masks import CONTEXT, IMAGE, attention_mask
 from cogview2.pipeline.models.coglm.model import CogLM
-from cogview2.pipeline.models.coglm.pipe import pipe_to_plain, plain_name, plain_to_pipe_state
+from cogview2.pipeline.models.coglm.pipe import PipeBlock, PipeFinalNorm, PipePositions, PipeWords, plain_name
 
 TINY = CogLMConfig(layers=2, hidden=64, heads=4, max_positions=128, text_length=24, image_position=32)
 
@@ -87,22 +87,38 @@ def test_dropout_acts_only_in_training() -> None:
 
 
 def test_pipe_layers_hold_every_weight_once() -> None:
-    state = _model().state_dict()
-    layers = plain_to_pipe_state(state, TINY)
-    assert sorted(layers) == [0, 1, 2, 3, 4]
-    assert list(layers[0]) == ["weight"]
-    assert layers[3]["attention.dense.bias"] is state["transformer.layers.1.attention.dense.bias"]
-    back = pipe_to_plain(layers, TINY)
-    assert set(back) == set(state)
-    assert all(back[name] is state[name] for name in state)
-    assert plain_name("tied_modules.word_embeddings.weight", TINY) == "transformer.word_embeddings.weight"
-    assert plain_name("4.bias", TINY) == "transformer.final_layernorm.bias"
+    layers = [
+        PipeWords(TINY, 50, seed=0),
+        PipePositions(TINY, seed=1),
+        PipeBlock(TINY, seed=2),
+        PipeBlock(TINY, seed=3),
+        PipeFinalNorm(TINY),
+    ]
+    found = [
+        (plain_name(f"{index}.{name}", TINY), parameter.shape)
+        for index, layer in enumerate(layers)
+        for name, parameter in layer.named_parameters()
+    ]
+    assert sorted(found) == sorted((name, tensor.shape) for name, tensor in _model().state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("pipe", "plain"),
+    [
+        ("tied_modules.word_embeddings.weight", "word_embeddings.weight"),
+        ("0.weight", "word_embeddings.weight"),
+        ("1.position_embeddings.weight", "position_embeddings.weight"),
+        ("3.attention.dense.bias", "layers.1.attention.dense.bias"),
+        ("4.bias", "final_layernorm.bias"),
+    ],
+)
+def test_plain_names_of_pipe_weights(pipe: str, plain: str) -> None:
+    assert plain_name(pipe, TINY) == f"transformer.{plain}"
 
 
 def test_foreign_names_are_refused() -> None:
-    with pytest.raises(CheckpointError, match="mixins.x"):
-        plain_to_pipe_state({"mixins.x": torch.zeros(1)}, TINY)
     with pytest.raises(CheckpointError, match="no weights"):
         plain_name("5.weight", TINY)
-    with pytest.raises(CheckpointError, match="layer index"):
-        plain_name("optimizer.weight", TINY)
+    for name in ("optimizer.weight", "mixins.x", "transformer.layers.1.attention.dense.bias"):
+        with pytest.raises(CheckpointError, match="layer index"):
+            plain_name(name, TINY)
