@@ -79,7 +79,10 @@ def nothing_gained(run: RunDirectory, stage: str) -> str:
         return ""  # an attempt of an earlier version left no note
     if ahead:
         return ""
-    return f"attempt {last.number} saved nothing new (what is kept so far: {_words(now)}); should that go on, read its logs: {last.path}"
+    return (
+        f"attempt {last.number} saved nothing new (what is kept so far: {_words(now)}); should that go on, read its logs: "
+        f"{last.path}"
+    )
 
 
 def remember_start(run: RunDirectory, stage: str, attempt: Attempt) -> None:

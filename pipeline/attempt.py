@@ -23,6 +23,8 @@ KILLED = "killed"
 """Reason in a record that a rank could not write itself."""
 HUNG = "hang"
 """Reason in the records of ranks that left a job because it hung; their code is 76."""
+LOST = "lost_peer"
+"""Reason in the record of a rank whose collective ended because another one had failed; its code is 1."""
 STOPPED = "stopped"
 """Reason in an agent's record of a rank that had not begun when its job was told to stop; its code is 75."""
 _NOTICE_SECONDS = 2.0

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cogview2.pipeline import fsops
 from cogview2.pipeline import logging as our_logging
-from cogview2.pipeline.attempt import Attempt, noted_step
+from cogview2.pipeline.attempt import HUNG, LOST, Attempt, noted_step
 from cogview2.pipeline.config.stages import Recipe
 from cogview2.pipeline.distributed import watchdog
 from cogview2.pipeline.distributed.process import (
@@ -133,6 +133,26 @@ def _work(
         job(StageContext(run, recipe, stage, world, stop, lock))
 
 
+def _failed_before(attempt: Attempt, world: World, error: BaseException) -> str | None:
+    """Return which rank's failure ended the collective of this one, in a sentence; None where it was none or is not known."""
+    first = attempt.first_failure()
+    if first is None or first.rank == world.rank or first.reason == HUNG:
+        return None
+    if not isinstance(error, RuntimeError) or not _is_of_connections(str(error)):
+        return None
+    if _is_of_connections(first.message):  # the rank that they both lost has left no record
+        return None
+    return (
+        f"rank {first.rank} (host {first.host}) failed before, while this rank waited for it: {first.reason}: "
+        f"{first.message}; look at {attempt.rank_log(first.rank)}"
+    )
+
+
+def _is_of_connections(message: str) -> bool:
+    """Return whether a message is one of a collective's whose other end is gone."""
+    return any(word in message for word in ("gloo", "NCCL", "Connection closed", "Connection reset"))
+
+
 def _guarded(attempt: Attempt, world: World, work: Callable[[], None]) -> ExitCode:
     """Run `work` and write this rank's outcome, whatever happens; its code counts even where no record can be written."""
 
@@ -152,6 +172,11 @@ def _guarded(attempt: Attempt, world: World, work: Callable[[], None]) -> ExitCo
         logger.error("%s", error)
         return record(type(error).__name__, error.exit_code, str(error))
     except BaseException as error:  # the outcome must be written for every kind of end
+        before = _failed_before(attempt, world, error)
+        if before is not None:
+            watchdog.heed_hang()
+            logger.error("%s", before)
+            return record(LOST, ExitCode.FAILED, before)
         logger.exception("unexpected error")
         watchdog.heed_hang()
         text = f"{type(error).__name__}: {error}{watchdog.gone()}"

@@ -1,7 +1,8 @@
 """Tells a job that hangs from one that is slow, and names the rank that it waits for.
 
 A thread of every rank writes the rank's heartbeat and reads those of the others. It needs no collective: these are
-what hangs. A stopped or killed process writes no heartbeat; one that waits in a collective still does.
+what hangs. A stopped or killed process writes no heartbeat; one that waits in a collective still does. A rank that cannot
+write its own, as on a full disk, calls nobody silent: the others share that disk.
 """
 
 import contextlib
@@ -90,6 +91,8 @@ class Watchdog:
         self._mark = _Mark("start", None, 0, now)
         self._steps = 0
         self._next_beat = now
+        self._mute = False
+        """Whether this rank's own heartbeat could not be written the last time."""
         self._peers = {other: _Peer(None, now, now) for other in range(size) if other != rank}
         self._ended, self._leaving = threading.Event(), threading.Lock()
         attempt.prepare_beats()
@@ -143,8 +146,7 @@ class Watchdog:
         if due:
             self._next_beat = now + self.beat_seconds
             self._arm(patience - age if patience and mark.phase != WAIT else None)
-            with contextlib.suppress(OSError):
-                self._beat(mark, age)
+            self._beat(mark, age, now)
         margin = 0.0 if self._lookout else _LATE_SECONDS
         near = patience > 0 and age > patience + margin - min(patience / 2, 2 * self.silent_seconds)
         if due or near:
@@ -155,11 +157,24 @@ class Watchdog:
             if reason:
                 self._leave(reason, tell=True)
 
-    def _beat(self, mark: _Mark, age: float) -> None:
+    def _beat(self, mark: _Mark, age: float, now: float) -> None:
         wall = time.time()
-        self.attempt.write_beat(
-            Beat(self.rank, self.host, self.pid, mark.phase, mark.step, mark.number, wall - age, wall)
-        )
+        beat = Beat(self.rank, self.host, self.pid, mark.phase, mark.step, mark.number, wall - age, wall)
+        try:
+            self.attempt.write_beat(beat)
+        except OSError as error:
+            if not self._mute:
+                self._say(
+                    f"heartbeats cannot be written below {self.attempt.path} ({error.strerror}), so until they can no "
+                    "rank is called silent; free space there"
+                )
+            self._mute = True
+            return
+        if self._mute:
+            self._mute = False
+            for peer in self._peers.values():  # they may have been mute as well
+                peer.seen = peer.progressed = now
+            self._say("heartbeats can be written again")
 
     def _arm(self, seconds_left: float | None) -> None:
         """Let the kernel write the stacks and end the process should this thread not come back in time."""
@@ -180,7 +195,8 @@ class Watchdog:
 
     def _reason(self, now: float, mark: _Mark, margin: float) -> str:
         """Return the sentence that says why the job hangs; empty when it does not."""
-        for rank, peer in self._peers.items():
+        judged = {} if self._mute else self._peers
+        for rank, peer in judged.items():
             phase = "start" if peer.beat is None else peer.beat.phase
             patience = self.patience(phase) if phase in _PATIENCE else 0.0
             if patience and now - peer.seen > max(patience, self.silent_seconds) + margin:
@@ -188,7 +204,7 @@ class Watchdog:
                     return self._sentence([rank], "silent", patience, phase)
         patience, at = self.patience(mark.phase), mark.at
         if mark.phase == WAIT:
-            if not self._lookout:  # it has not followed the others' progress
+            if not self._lookout or self._mute:  # it has not seen the others' progress
                 return ""
             at = max([at, *(peer.progressed for peer in self._peers.values())])
         if not patience or now - at <= patience + margin:
@@ -202,7 +218,7 @@ class Watchdog:
             if now - peer.seen <= self.silent_seconds and peer.beat is not None:
                 alive.append(rank)
             elif (end := self.attempt.outcome(rank)) is None:
-                silent.append(rank)
+                silent += [] if self._mute else [rank]
             elif end.code:
                 left.append(f"rank {rank} (host {end.host}) left with {end.reason}: {end.message}")
         if silent:
@@ -213,12 +229,17 @@ class Watchdog:
         places[self.rank] = (mark.step or 0, _ORDER[mark.phase])
         last = min(places.values())
         behind = sorted(rank for rank, place in places.items() if place == last)
-        if len(behind) < len(places):
+        if len(behind) < len(places) and not self._mute:
             return self._sentence(behind, "behind", patience, mark.phase)
         where = Beat(self.rank, self.host, self.pid, mark.phase, mark.step, 0, 0.0, 0.0).place
+        how = f"for {patience:.3g} s ({_key(mark.phase)})"
+        what = (
+            f"this rank has made no progress {how} in {where}, and sees no others, as heartbeats cannot be written"
+            if self._mute
+            else f"no rank has made progress {how}, all that live are in {where}"
+        )
         return (
-            f"no rank has made progress for {patience:.3g} s ({_key(mark.phase)}), all that live are in {where}; "
-            f"read their stacks in {self.attempt.stacks(0).parent}, then start the same command again"
+            f"{what}; read the stacks in {self.attempt.stacks(0).parent}, then start the same command again"
         )
 
     def _sentence(self, ranks: list[int], what: str, patience: float, phase: str) -> str:
@@ -258,19 +279,25 @@ class Watchdog:
         faulthandler.dump_traceback_later(2 * _STACKS_SECONDS + 2, exit=True, file=self._stacks)
         faulthandler.dump_traceback(file=self._stacks, all_threads=True)
         self._stacks.flush()
-        text = f"rank {self.rank}: hang: {reason}\n"
         with contextlib.suppress(OSError):
             if tell and not self.attempt.hang_path.exists():
                 _put(self.attempt.hang_path, {"rank": self.rank, "message": reason, "time": time.time()})
-            # Not through the logger: the thread that hangs may hold its lock.
-            with open(self.attempt.rank_log(self.rank), "a", encoding="utf-8") as log:
-                log.write(text)
-        with contextlib.suppress(OSError):
-            os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, text.encode())
+        self._say(f"hang: {reason}")
         self._await_stacks()
         with contextlib.suppress(Exception):  # whatever it is, the process must end
             self.attempt.write_outcome(self.rank, HUNG, ExitCode.HANG, self._mark.step, reason)
         os._exit(int(ExitCode.HANG))
+
+    def _say(self, words: str) -> None:
+        """Log, but not through the logger: the thread that hangs may hold its lock."""
+        text = f"rank {self.rank}: {words}\n"
+        with (
+            contextlib.suppress(OSError),
+            open(self.attempt.rank_log(self.rank), "a", encoding="utf-8") as log,
+        ):
+            log.write(text)
+        with contextlib.suppress(OSError):
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ is not None else 2, text.encode())
 
     def _await_stacks(self) -> None:
         """Give the ranks that live the time to notice: once this one is gone, its peers only see closed connections."""

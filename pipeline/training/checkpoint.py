@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import secrets
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,17 +22,15 @@ from cogview2.pipeline import fsops
 from cogview2.pipeline.config.training import CheckpointConfig
 from cogview2.pipeline.data.sample_plan import DataState
 from cogview2.pipeline.distributed.process import World
-from cogview2.pipeline.distributed.seeding import (
-    load_random_state,
-    random_state,
-    seed_everything,
-)
+from cogview2.pipeline.distributed.seeding import random_state
 from cogview2.pipeline.distributed.together import on_first, together
 from cogview2.pipeline.errors import CheckpointError, CogView2Error
 from cogview2.pipeline.stage_dir import package_versions
 from cogview2.pipeline.training.engine import TrainingEngine
-from cogview2.pipeline.training.state.files import RankState, StateReader, file_name, write_rank_state
+from cogview2.pipeline.training.state.files import RankState, file_name, write_rank_state
+from cogview2.pipeline.training.state.host_memory import Need, available_bytes, lack
 from cogview2.pipeline.training.state.identity import Fence, Identity
+from cogview2.pipeline.training.state.loading import open_together, take_own_over
 from cogview2.pipeline.training.state.manifest import (
     DATA_STATE,
     MANIFEST,
@@ -111,7 +110,8 @@ class Checkpointer:
     def save(self, engine: TrainingEngine, step: int, data: DataState, meters: torch.Tensor) -> None:
         """Save the full state after `step` updates; what is on disk before stays until the commit.
 
-        With `asynchronous` the state is copied, and committed by a later `finish`: training may go on.
+        With `asynchronous` the state is copied, where the memory of all hosts holds the copies, and committed by a later
+        `finish`: training may go on.
 
         Args:
             engine: gives weights and optimizer.
@@ -126,9 +126,9 @@ class Checkpointer:
         self.finish()
         if self._is_committed(step):
             return
-        state = self._stage(step, engine, meters)
+        state, copied = self._stage(step, engine, meters)
         path = self._staging(step) / file_name(self.world.rank)
-        if self._writer is not None:
+        if copied and self._writer is not None:
             self._pending = _Pending(step, data, self._writer.submit(_write, path, state))
         else:
             self._finish(step, data, lambda: _write(path, state))
@@ -173,32 +173,35 @@ class Checkpointer:
 
         return any(together(look if self.world.is_first else lambda: False, f"look at step {step}"))
 
-    def _stage(self, step: int, engine: TrainingEngine, meters: torch.Tensor) -> RankState:
-        """Return what this rank writes, and make room for what all of them do: an empty staging folder."""
+    def _stage(self, step: int, engine: TrainingEngine, meters: torch.Tensor) -> tuple[RankState, bool]:
+        """Return what this rank writes, and whether it is a copy; make an empty staging folder for all of them."""
         taken: list[RankState] = []
 
-        def take() -> int:
+        def take() -> Need:
             state = engine.state()
             state.own |= random_state() | {"meters": meters}
             taken.append(state)
-            if self._writer is not None:
-                taken[0] = state.copy()
-            tensors = [*state.entries.values(), *state.own.values()]
-            return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+            return Need(socket.gethostname(), state.nbytes, available_bytes() if self._writer else None)
 
-        total = sum(together(take, f"take the state of step {step}"))
+        needs = together(take, f"take the state of step {step}")
+        problem = lack(needs) if self._writer is not None else None
+        copied = self._writer is not None and problem is None
+        if problem is not None and self.world.is_first:
+            logger.warning("training waits while step %d is written: %s", step, problem)
 
         def make() -> str | None:
+            if copied:
+                taken[0] = taken[0].copy()
             if not self.world.is_first:
                 return None
             self._own()
-            fsops.require_space(self.folder, int(total * _SPARE))
+            fsops.require_space(self.folder, int(sum(need.size for need in needs) * _SPARE))
             self._mark = secrets.token_hex(4)
             fsops.make_dirs(self._staging(step))
             return self._mark
 
         self._mark = together(make, f"make room for step {step}")[0]
-        return taken[0]
+        return taken[0], copied
 
     def _staging(self, step: int) -> Path:
         """Return the staging folder of a step: another job's would be another one, even if both believe in their lock."""
@@ -263,6 +266,7 @@ class Checkpointer:
         Raises:
             CheckpointError: only bad ones are left, or the newest good one belongs to another configuration.
         """
+        begin = time.monotonic()
         self._abandon()
         on_first(self._clean, f"clean {self.folder}")
         bad: list[str] = []
@@ -272,7 +276,9 @@ class Checkpointer:
                 return None
             problem = self._check_content(found)
             if problem is None:
-                return self._load(engine, found)
+                restored = self._load(engine, found)
+                logger.info("restored in %.2f s", time.monotonic() - begin)
+                return restored
             bad.append(problem)
             folder = self.folder / folder_name(found.step)
             on_first(partial(self._put_aside, folder, problem), f"move {folder} to {_QUARANTINE}/")
@@ -285,15 +291,13 @@ class Checkpointer:
 
     def _clean(self) -> None:
         self._own()
-        for pattern in (".staging.*", ".trash.*", ".tmp.*"):
-            for leftover in self.folder.glob(pattern):
-                try:
-                    fsops.discard(leftover)
-                except (
-                    OSError,
-                    CogView2Error,
-                ) as error:  # somebody reads it; it takes space, and harms nobody
-                    logger.warning("cannot delete %s: %s", leftover, error)
+        found = [path for what in (".staging.*", ".trash.*", ".tmp.*") for path in self.folder.glob(what)]
+        found += self.folder.parent.glob(".tmp.*")  # of COMMITTED.json and of logs
+        for leftover in found:
+            try:
+                fsops.discard(leftover)
+            except (OSError, CogView2Error) as error:  # somebody reads it; it takes space, and harms nobody
+                logger.warning("cannot delete %s: %s", leftover, error)
 
     def _newest(self, bad: list[str]) -> Manifest | None:
         """Return the newest checkpoint whose manifest is good; None when there never was one.
@@ -366,27 +370,15 @@ class Checkpointer:
 
     def _load(self, engine: TrainingEngine, manifest: Manifest) -> Restored:
         folder = self.folder / folder_name(manifest.step)
-        read: list[tuple[DataState, StateReader]] = []
-
-        def look() -> None:
-            data = DataState.from_dict(json.loads((folder / DATA_STATE).read_text(encoding="utf-8")))
-            read.append((data, StateReader(folder)))
-
-        together(look, f"open {folder}")
-        ((data, reader),) = read
+        data, reader = open_together(folder, manifest, self.world)
         engine.load(reader)
-        if manifest.topology == self.topology:
-            own = reader.own(self.world.rank)
-            load_random_state(own)
-            meters = own["meters"]
+        same = manifest.topology == self.topology
+        meters = take_own_over(reader, self.world, None if same else self.identity.seed + manifest.step)
+        if same:
             logger.info("resumed from %s", folder)
         else:
-            # No rank of now is one of then: new random streams, made of the step, and one rank holds all sums.
-            seed_everything(self.identity.seed + manifest.step, self.world.rank + 1)
-            sums = [reader.own(rank)["meters"] for rank in range(reader.ranks)]
-            meters = torch.stack(sums).sum(0) if self.world.is_first else torch.zeros_like(sums[0])
             logger.warning(
-                "resumed from %s: saved with %s, taken over to %s; dropout and the like draw other numbers now",
+                "resumed from %s: saved with %s, taken over to %s; dropout draws other numbers now",
                 folder,
                 manifest.topology,
                 self.topology,

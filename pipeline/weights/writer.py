@@ -18,7 +18,7 @@ from cogview2.pipeline.errors import CheckpointError
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Dtypes that weights may have."""
-_NAMES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -28,6 +28,7 @@ _NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+"""What files call the dtypes that can be written."""
 _ORDER = (
     *(torch.int64, torch.float64, torch.float32, torch.int32),
     *(torch.bfloat16, torch.float16, torch.uint8, torch.bool),
@@ -88,7 +89,7 @@ def write_safetensors(
     for name in order:
         count = math.prod(tensors[name].shape) * kinds[name].itemsize
         header[name] = {
-            "dtype": _NAMES[kinds[name]],
+            "dtype": DTYPE_NAMES[kinds[name]],
             "shape": list(tensors[name].shape),
             "data_offsets": [at, at + count],
         }
@@ -104,7 +105,7 @@ def write_safetensors(
                 chunk = chunk.to(kinds[name])
                 if not allow_nonfinite and not _is_finite(chunk):
                     raise CheckpointError(
-                        f"{where}: {name} holds numbers that are not finite as {_NAMES[kinds[name]]}; check how the "
+                        f"{where}: {name} holds numbers that are not finite as {DTYPE_NAMES[kinds[name]]}; check how the "
                         "weights were made, or pass --allow-nonfinite"
                     )
                 _write(file, digest, chunk.reshape(-1).view(torch.uint8).numpy().data)

@@ -20,9 +20,10 @@ from cogview2.pipeline.data.skipped_batches import FILE, SkippedBatches
 from cogview2.pipeline.errors import RunDirectoryError
 from cogview2.pipeline.models.coglm import pipe
 from cogview2.pipeline.stage_dir import StageDirectory
-from cogview2.pipeline.training import checkpoint, health
 from cogview2.pipeline.training import engine as engines
+from cogview2.pipeline.training import health
 from cogview2.pipeline.training import trainer as trainers
+from cogview2.pipeline.training.state import loading
 
 pytestmark = pytest.mark.distributed
 BAD_LOSS: Fault = ("loss", math.inf)
@@ -196,7 +197,7 @@ MUTANTS: dict[str, tuple[Case, str, str, Patch]] = {
         _rewind,
         "zero0",
         "through clean",
-        (checkpoint, "load_random_state", lambda state: None),
+        (loading, "load_random_state", lambda state: None),
     ),
     "losses are not restored": (
         _spikes,

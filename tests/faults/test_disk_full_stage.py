@@ -31,6 +31,11 @@ def test_shard_dataset(
     failure = ranks.attempt.first_failure()
     assert failure is not None and failure.rank == 1 and failure.code == ExitCode.CANNOT_WRITE
     assert "cannot write" in failure.message and "\n" not in failure.message
+    peer = ranks.attempt.outcome(0)
+    assert peer is not None and peer.message.startswith("rank 1 (host ") and failure.message in peer.message
+    for rank in (0, 1):
+        log = ranks.attempt.rank_log(rank).read_text()
+        assert "Traceback" not in log and log.count("ERROR") == log.count(failure.message) == 1, log
     assert stage.done() is None and not (stage.output / "train" / "manifest.json").exists()
     kept = {path: path.stat().st_mtime_ns for path in (stage.output / "train").glob("*.tar")}
     assert len(kept) >= SHARDS_BEFORE and not list(stage.output.rglob(".*"))

@@ -1,6 +1,7 @@
 """A job that hangs says so in time, names the rank that it waits for, and leaves every stack; a slow job is left alone."""
 
 import ctypes
+import errno
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from watched_ranks import WatchedRanks
 
-from cogview2.pipeline.attempt import Attempt
+from cogview2.pipeline.attempt import Attempt, Beat
 from cogview2.pipeline.config.launch import WatchdogConfig
 from cogview2.pipeline.distributed import watchdog
 from cogview2.pipeline.stage_dir import StageDirectory
@@ -200,6 +201,58 @@ def test_a_killed_rank_is_named_by_those_that_lost_its_connection(attempt: Attem
 def test_mutant_nobody_looks_who_is_gone(attempt: Attempt, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watchdog, "gone", lambda: "")
     assert not _killed(attempt)
+
+
+def _with_a_full_disk(
+    attempt: Attempt, monkeypatch: pytest.MonkeyPatch
+) -> tuple[list[int | None], list[str]]:
+    """No heartbeat can be written for longer than the patience; then rank 1 is stopped.
+
+    Returns:
+        The exit codes of the others, and what they say of rank 1.
+    """
+    full, write = attempt.path / "full", Attempt.write_beat
+
+    def write_beat(self: Attempt, beat: Beat) -> None:
+        if full.exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, beat)
+
+    monkeypatch.setattr(Attempt, "write_beat", write_beat)
+    with WatchedRanks(attempt, _train, CONFIG) as ranks:
+        ranks.reach(10)
+        full.touch()
+        codes, _ = ranks.wait([0], 1.75 * T)
+        full.unlink()
+        if codes != [None]:
+            return ranks.wait([0, 2], 5)[0], []
+        last = max(beat.step or 0 for beat in attempt.beats().values())
+        ranks.reach(last + 1)
+        ranks.ranks[1].send_signal(signal.SIGSTOP)
+        codes, seconds = ranks.wait([0, 2], T + 5)
+        print(f"named {seconds:.1f} s after the stop, T is {T:.0f} s")
+        name = f"{_name(ranks, 1)} is silent since "
+    return codes, [end.message for end in attempt.outcomes() if end.message.startswith(name)]
+
+
+def test_on_a_full_disk_nobody_is_silent_and_later_a_stopped_rank_is_named(
+    attempt: Attempt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes, named = _with_a_full_disk(attempt, monkeypatch)
+    assert codes == [76, 76] and len(named) == 2
+    for rank in range(3):
+        said = attempt.rank_log(rank).read_text()
+        assert said.count("heartbeats cannot be written below") == 1
+        assert said.count("heartbeats can be written again") == 1
+
+
+def test_mutant_others_are_judged_without_an_own_heartbeat(
+    attempt: Attempt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = property(lambda _: False, lambda _, value: None)
+    monkeypatch.setattr(watchdog.Watchdog, "_mute", never, raising=False)
+    codes, named = _with_a_full_disk(attempt, monkeypatch)
+    assert codes == [76, 76] and not named
 
 
 def _fast(rank: int) -> None:

@@ -7,7 +7,7 @@ import pytest
 from equivalence import Cell
 from killed_training import ENDLESS, Job
 
-from cogview2.pipeline.training import checkpoint
+from cogview2.pipeline.training.state import loading
 from cogview2.pipeline.training.state.manifest import DATA_STATE, folder_name, read_manifest
 
 pytestmark = pytest.mark.distributed
@@ -62,7 +62,7 @@ def test_bits_are_equal_in_every_cell(cell: Cell, tmp_path: Path) -> None:
 
 
 def test_a_random_state_that_is_not_kept_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "load_random_state", lambda state: None)
+    monkeypatch.setattr(loading, "load_random_state", lambda state: None)
     found = _differences(Cell(1, dp=2), tmp_path)
     assert any(name.startswith("rank, step") for name in found)
     assert any(name.startswith("rank_") for name in found)

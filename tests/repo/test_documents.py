@@ -34,9 +34,7 @@ def _quoted(document: str) -> list[str]:
 
 def _not_said(quotes: list[str], said: str) -> list[str]:
     pieces = [(quote, piece.strip(" :;,.'")) for quote in quotes for piece in PLACEHOLDER.split(quote)]
-    return [
-        f"{quote}: {piece}" for quote, piece in pieces if len(piece) >= MIN_LETTERS and piece not in said
-    ]
+    return [f"{quote}: {piece}" for quote, piece in pieces if len(piece) >= MIN_LETTERS and piece not in said]
 
 
 def test_every_message_in_the_table_of_refusals_exists() -> None:

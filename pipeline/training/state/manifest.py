@@ -26,6 +26,13 @@ class UnreadableError(CheckpointError):
     exit_code = ExitCode.CANNOT_WRITE
 
 
+def unreadable(path: Path, error: Exception) -> UnreadableError:
+    """Return the error that says that the disk does not give `path` now."""
+    return UnreadableError(
+        f"{path} cannot be read now ({getattr(error, 'strerror', None) or error}); {_REMEDY}"
+    )
+
+
 @dataclass(frozen=True)
 class Topology:
     """How the job was cut that wrote a checkpoint."""
@@ -137,7 +144,7 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} has no {MANIFEST}, or lost a file while it was looked at") from error
     except OSError as error:
-        raise UnreadableError(f"{folder} cannot be read now ({error.strerror}); {_REMEDY}") from error
+        raise unreadable(folder, error) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is no manifest ({error})") from error
     return manifest
@@ -180,9 +187,7 @@ def damage(folder: Path, manifest: Manifest, names: Iterable[str] | None = None)
             if fsops.sha256_file(folder / name) != manifest.files[name].sha256:
                 return f"{folder / name} is damaged: its sha256 is not the one that was committed"
         except OSError as error:
-            raise UnreadableError(
-                f"{folder / name} cannot be read now ({error.strerror}); {_REMEDY}"
-            ) from error
+            raise unreadable(folder / name, error) from error
     return None
 
 

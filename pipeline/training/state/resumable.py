@@ -78,7 +78,7 @@ class Resumable(ABC):
 
         together(read, f"load {reader.folder}")
         live.spread()
-        engine, plain = self.engine, reader.plain[0]
+        engine, plain = self.engine, reader.plain
         engine.global_steps, engine.skipped_steps = plain["global_steps"], plain["skipped_steps"]
         engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
         engine.global_samples = engine.global_steps * engine.train_batch_size()

@@ -8,6 +8,7 @@ import torch
 from cogview2.pipeline.attempt import Attempt
 from cogview2.pipeline.distributed.process import World
 from cogview2.pipeline.errors import ExitCode, Preempted, RunDirectoryError
+from cogview2.stages import _runner
 from cogview2.stages._runner import _guarded
 
 WORLD = World(0, 1, 0, torch.device("cpu"))
@@ -42,3 +43,50 @@ def test_the_code_counts_where_nothing_can_be_written(
 
     monkeypatch.setattr(Attempt, "write_outcome", full)
     assert _guarded(Attempt(tmp_path), WORLD, lambda: _work(error)) == code
+
+
+GLOO = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:10669")
+
+
+def _end(attempt: Attempt, error: Exception, caplog: pytest.LogCaptureFixture) -> tuple[str, str]:
+    """Return reason and message of rank 0, which ends with `error`."""
+    caplog.clear()
+    assert _guarded(attempt, WORLD, lambda: _work(error)) == ExitCode.FAILED
+    outcome = attempt.outcome(0)
+    assert outcome is not None
+    return outcome.reason, outcome.message
+
+
+def test_a_rank_that_lost_a_failed_peer_points_to_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempt = Attempt(tmp_path)
+    attempt.write_outcome(1, "RunDirectoryError", 73, None, "the disk is full; free space")
+    reason, message = _end(attempt, GLOO, caplog)
+    assert reason == "lost_peer" and message.startswith("rank 1 (host ")
+    assert "RunDirectoryError: the disk is full; free space; look at" in message and "gloo" not in message
+    assert "Traceback" not in caplog.text and message in caplog.text
+    first = attempt.first_failure()
+    assert first is not None and first.rank == 1
+
+    monkeypatch.setattr(_runner, "_failed_before", lambda *_: None)  # the mutant
+    assert "gloo" in _end(attempt, GLOO, caplog)[1] and "Traceback" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("other", "error"),
+    [
+        (None, GLOO),
+        ("the disk is full", ValueError("a bug of this rank's own")),
+        ("the disk is full", RuntimeError("shape mismatch")),
+        ("[gloo/transport] Connection closed by peer", GLOO),  # both lost a third one, which left no word
+    ],
+)
+def test_other_errors_keep_their_own_words(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, other: str | None, error: Exception
+) -> None:
+    attempt = Attempt(tmp_path)
+    if other is not None:
+        attempt.write_outcome(1, "RunDirectoryError", 73, None, other)
+    assert _end(attempt, error, caplog) == (type(error).__name__, f"{type(error).__name__}: {error}")
+    assert "Traceback" in caplog.text
