@@ -208,7 +208,7 @@ def _date(seconds: float | None) -> str:
 
 def _state(rows: list[StageRow]) -> str:
     states = [row.state for row in rows if not row.part and row.state != "not built yet"]
-    for state in ("running", "damaged record", "interrupted"):
+    for state in ("running", "damaged record", "failed", "interrupted"):
         if state in states:
             return state
     return "done" if all(state == "done" for state in states) else "not finished"

@@ -9,8 +9,9 @@ from cogview2.launch.cascade import built_stages
 from cogview2.launch.eta import cascade_eta, training_flops
 from cogview2.launch.progress import duration, meter_words, rate
 from cogview2.launch.ranks import rank_lines
+from cogview2.pipeline.attempt import Outcome
 from cogview2.pipeline.config.stages import STAGES
-from cogview2.pipeline.errors import CogView2Error, RunDirectoryError
+from cogview2.pipeline.errors import CogView2Error, ExitCode, RunDirectoryError
 from cogview2.pipeline.run_dir import RunDirectory, units
 from cogview2.pipeline.stage_dir import Heartbeat
 from cogview2.pipeline.weights_manifest import is_weights_folder
@@ -80,7 +81,7 @@ def stage_status(run: RunDirectory, stage: str, *, run_locked: bool, built: bool
     elif run.is_done(stage):
         state = "done"
     elif attempts:
-        state = "interrupted"
+        state = "interrupted" if _failure(run, stage) is None else "failed"
     else:
         return StageStatus(stage, "not started" if built else "not built yet")
     return StageStatus(
@@ -92,6 +93,24 @@ def stage_status(run: RunDirectory, stage: str, *, run_locked: bool, built: bool
         duration(beat.eta_seconds) if running and beat is not None and beat.eta_seconds else "",
         duration(seconds) if seconds else "",
     )
+
+
+def _failure(run: RunDirectory, stage: str) -> Outcome | None:
+    """Return why the newest attempt of a stage failed; None when it did not, or was told to stop."""
+    attempt = run.stage(stage).latest_attempt()
+    outcome = None if attempt is None else attempt.first_failure()
+    return None if outcome is None or outcome.code == ExitCode.REQUEUE else outcome
+
+
+def _failure_lines(run: RunDirectory, rows: list[StageStatus]) -> list[str]:
+    lines = []
+    for row in rows:
+        outcome, attempt = _failure(run, row.stage), run.stage(row.stage).latest_attempt()
+        if row.state == "failed" and outcome is not None and attempt is not None:
+            step = "" if outcome.step is None else f" at step {outcome.step}"
+            said = f"rank {outcome.rank}{step}: {outcome.reason}: {outcome.message}"
+            lines.append(f"{row.stage}: {said}; logs: {attempt.path}")
+    return lines
 
 
 def speed(beat: Heartbeat | None) -> str:
@@ -113,7 +132,9 @@ def table(run: RunDirectory) -> str:
     ]
     running = [row.stage for row in rows if row.state == "running"]
     ranks = rank_lines(run.stage(running[-1]).latest_attempt()) if running else []
-    return "\n".join([f"run {run.path}", *lines, *ranks, *_cascade_line(run, rows)])
+    return "\n".join(
+        [f"run {run.path}", *lines, *ranks, *_failure_lines(run, rows), *_cascade_line(run, rows)]
+    )
 
 
 def _cascade_line(run: RunDirectory, rows: list[StageStatus]) -> list[str]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from cogview2.launch.status import speed, table
 from cogview2.pipeline.config.loading import load_recipe
+from cogview2.pipeline.errors import ExitCode
 from cogview2.pipeline.run_dir import RunDirectory
 
 METERS = {"images_per_second": 24.0, "model_tflops": 412.3, "mfu": 0.413, "slowest_ratio": 1.42}
@@ -41,6 +42,25 @@ def test_rates_time_left_and_the_slowest_rank(tmp_path: Path) -> None:
     attempt.write_result(1, 60.0)
     row = next(line for line in table(run).splitlines() if line.startswith("pretrain_coglm"))
     assert "interrupted" in row and "5 h 12 min" not in row and "12k tokens/s" in row
+
+
+def test_a_stage_that_failed_says_why_and_one_that_was_stopped_does_not(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run").create(load_recipe("quickstart", []))
+    attempt = run.stage("train_vqvae").create().new_attempt()
+    attempt.write_outcome(1, "NumericError", ExitCode.NUMERIC, 36, "the loss of step 36 is nan", at=5.0)
+    attempt.write_outcome(0, "lost_peer", ExitCode.FAILED, 36, "rank 1 failed before", at=6.0)
+    attempt.write_result(70, 60.0)
+    shown = table(run).splitlines()
+    assert any(line.startswith("train_vqvae        failed") for line in shown)
+    assert shown[-1] == (
+        f"train_vqvae: rank 1 at step 36: NumericError: the loss of step 36 is nan; logs: {attempt.path}"
+    )
+    again = run.stage("train_vqvae").new_attempt()
+    again.write_outcome(0, "preempted", ExitCode.REQUEUE, 40, "stopped by SIGTERM", at=7.0)
+    again.write_result(75, 60.0)
+    shown = table(run).splitlines()
+    assert any(line.startswith("train_vqvae        interrupted") for line in shown)
+    assert not any("logs: " in line for line in shown)
 
 
 def test_without_a_rate_there_is_no_speed(tmp_path: Path) -> None:
