@@ -334,6 +334,14 @@ def discard(path: Path) -> None:
     _record("unlink", path)
 
 
+def byte_words(count: int) -> str:
+    """Return a number of bytes for people: `512 B`, `3.4 MB`, `586.0 MB`, `92.1 GB`."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count} B"
+
+
 def require_space(folder: Path, size: int) -> None:
     """Refuse to begin writing `size` bytes below `folder` where they have no room.
 
@@ -345,6 +353,6 @@ def require_space(folder: Path, size: int) -> None:
     left = found.f_bavail * found.f_frsize
     if left < size:
         raise RunDirectoryError(
-            f"{folder} needs {size / 1e9:.2f} GB, its disk has {left / 1e9:.2f} GB left; free space (old checkpoints, old "
+            f"{folder} needs {byte_words(size)}, its disk has {byte_words(left)} left; free space (old checkpoints, old "
             "runs), or lower checkpoint.keep_last, and run the same command again"
         )

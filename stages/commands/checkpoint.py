@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from cogview2.pipeline import fsops
 from cogview2.pipeline.command_line import Parser, printable, run_command
 from cogview2.pipeline.errors import CheckpointError, ExitCode, RunDirectoryError
 from cogview2.pipeline.run_dir import RunDirectory
@@ -75,7 +76,7 @@ def _row(unit: str, folder: Path) -> tuple[str, ...]:
     except CheckpointError as error:
         return unit, folder.name, "-", "-", "-", f"bad: {printable(str(error))}"
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(found.time))
-    return unit, folder.name, f"{found.size / 1e6:.1f} MB", when, str(found.topology), found.sha256
+    return unit, folder.name, fsops.byte_words(found.size), when, str(found.topology), found.sha256
 
 
 def _list(arguments: argparse.Namespace) -> ExitCode:

@@ -89,6 +89,6 @@ def test_too_little_space_is_found_before_anything_is_written(
     stage = tmp_path / "stage"
     monkeypatch.setattr(fsops.os, "statvfs", lambda _: type("Full", (), {"f_bavail": 1, "f_frsize": 512}))
     job = Job(CELL, stage, every=ENDLESS, until=2)
-    with pytest.raises(AssertionError, match="its disk has 0.00 GB left; free space"):
+    with pytest.raises(AssertionError, match="its disk has 512 B left; free space"):
         killed_training.run_on(job)
     assert _saves(stage) == []

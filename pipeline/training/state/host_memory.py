@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from cogview2.pipeline.fsops import byte_words
+
 _MARGIN = 1.25
 """So many times the copies must be available: training goes on beside them, and what is written passes through memory too."""
 _NO_LIMIT = 1 << 60
@@ -31,8 +33,8 @@ def lack(needs: Sequence[Need]) -> str | None:
         available = min((need.available for need in ranks if need.available is not None), default=None)
         if available is not None and size * _MARGIN > available:
             return (
-                f"a copy of the state of the {len(ranks)} ranks on {host} takes {size / 1e9:.2f} GB, of which "
-                f"{_MARGIN:g} times must be available there, and {available / 1e9:.2f} GB are; give the job more memory, "
+                f"a copy of the state of the {len(ranks)} ranks on {host} takes {byte_words(size)}, of which "
+                f"{_MARGIN:g} times must be available there, and {byte_words(available)} are; give the job more memory, "
                 "run fewer ranks on a host, or set train.checkpoint.asynchronous to false"
             )
     return None

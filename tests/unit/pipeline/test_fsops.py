@@ -150,3 +150,10 @@ def test_remove_tree_does_not_follow_a_link(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["kept"]
     with pytest.raises(FileNotFoundError):
         fsops.remove_tree(tmp_path / "link")
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(0, "0 B"), (512, "512 B"), (3_395_496, "3.4 MB"), (92_100_000_000, "92.1 GB")]
+)
+def test_bytes_in_words(count: int, words: str) -> None:
+    assert fsops.byte_words(count) == words
