@@ -181,6 +181,16 @@ class Attempt:
         """hang.json: what the first rank that noticed a hang says to the others."""
         return self.path / "hang.json"
 
+    def write_hang(self, rank: int, message: str) -> None:
+        """Write hang.json unless there is one; raises OSError. Not through fsops, see `write_beat`."""
+        if self.hang_path.exists():
+            return
+        temporary = self.hang_path.with_name(f".tmp.{self.hang_path.name}.{os.getpid()}")
+        temporary.write_text(
+            json.dumps({"rank": rank, "message": message, "time": time.time()}), encoding="utf-8"
+        )
+        os.replace(temporary, self.hang_path)
+
     @property
     def stop_path(self) -> Path:
         """stop-requested: which signal asked which rank to stop; all ranks of the attempt heed it."""
@@ -240,11 +250,17 @@ class Attempt:
             return None
 
     def first_failure(self) -> Outcome | None:
-        """Return the earliest outcome that is not a success: the others usually follow from it."""
+        """Return the earliest outcome that is not a success: the others usually follow from it.
+
+        Clocks of hosts differ: a rank that says itself that another one failed before is never the first.
+        """
         failures = [outcome for outcome in self.outcomes() if outcome.code != 0]
         return min(
             failures,
-            key=lambda outcome: outcome.time - (_NOTICE_SECONDS if outcome.reason == KILLED else 0.0),
+            key=lambda outcome: (
+                outcome.reason == LOST,
+                outcome.time - (_NOTICE_SECONDS if outcome.reason == KILLED else 0.0),
+            ),
             default=None,
         )
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch.distributed as dist
+
 from cogview2.pipeline import fsops
 from cogview2.pipeline import logging as our_logging
 from cogview2.pipeline.attempt import HUNG, LOST, Attempt, noted_step
@@ -133,12 +135,19 @@ def _work(
         job(StageContext(run, recipe, stage, world, stop, lock))
 
 
+_LOST_CONNECTION = ("gloo", "NCCL", "Connection", "Broken pipe", "TCPStore")
+"""In what gloo, NCCL and the store say when the other end is gone."""
+
+
 def _failed_before(attempt: Attempt, world: World, error: BaseException) -> str | None:
     """Return which rank's failure ended the collective of this one, in a sentence; None where it was none or is not known."""
     first = attempt.first_failure()
-    if first is None or first.rank == world.rank or first.reason == HUNG:
+    if first is None or first.rank == world.rank or first.reason == HUNG or first.code == ExitCode.REQUEUE:
         return None
-    if not isinstance(error, RuntimeError) or not _is_of_connections(str(error)):
+    lost = isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and _is_of_connections(str(error))
+    )
+    if not lost:
         return None
     if _is_of_connections(first.message):  # the rank that they both lost has left no record
         return None
@@ -150,7 +159,7 @@ def _failed_before(attempt: Attempt, world: World, error: BaseException) -> str 
 
 def _is_of_connections(message: str) -> bool:
     """Return whether a message is one of a collective's whose other end is gone."""
-    return any(word in message for word in ("gloo", "NCCL", "Connection closed", "Connection reset"))
+    return any(word in message for word in _LOST_CONNECTION)
 
 
 def _guarded(attempt: Attempt, world: World, work: Callable[[], None]) -> ExitCode:

@@ -91,7 +91,7 @@ class Watchdog:
         self._mark = _Mark("start", None, 0, now)
         self._steps = 0
         self._next_beat = now
-        self._mute = False
+        self._mute_since: float | None = None  # when its heartbeats could be written no longer
         """Whether this rank's own heartbeat could not be written the last time."""
         self._peers = {other: _Peer(None, now, now) for other in range(size) if other != rank}
         self._ended, self._leaving = threading.Event(), threading.Lock()
@@ -163,17 +163,18 @@ class Watchdog:
         try:
             self.attempt.write_beat(beat)
         except OSError as error:
-            if not self._mute:
+            if self._mute_since is None:
+                self._mute_since = now
                 self._say(
                     f"heartbeats cannot be written below {self.attempt.path} ({error.strerror}), so until they can no "
                     "rank is called silent; free space there"
                 )
-            self._mute = True
             return
-        if self._mute:
-            self._mute = False
-            for peer in self._peers.values():  # they may have been mute as well
-                peer.seen = peer.progressed = now
+        if self._mute_since is not None:
+            for peer in self._peers.values():  # they may have been mute as well: that time does not count
+                peer.seen += now - self._mute_since
+                peer.progressed += now - self._mute_since
+            self._mute_since = None
             self._say("heartbeats can be written again")
 
     def _arm(self, seconds_left: float | None) -> None:
@@ -195,7 +196,7 @@ class Watchdog:
 
     def _reason(self, now: float, mark: _Mark, margin: float) -> str:
         """Return the sentence that says why the job hangs; empty when it does not."""
-        judged = {} if self._mute else self._peers
+        judged = {} if self._mute_since is not None else self._peers
         for rank, peer in judged.items():
             phase = "start" if peer.beat is None else peer.beat.phase
             patience = self.patience(phase) if phase in _PATIENCE else 0.0
@@ -204,9 +205,14 @@ class Watchdog:
                     return self._sentence([rank], "silent", patience, phase)
         patience, at = self.patience(mark.phase), mark.at
         if mark.phase == WAIT:
-            if not self._lookout or self._mute:  # it has not seen the others' progress
+            if (
+                self._mute_since is not None
+            ):  # it does not see the others' progress; whoever is stuck there has left long before
+                patience += max(map(self.patience, _PATIENCE)) if patience else 0.0
+            elif not self._lookout:
                 return ""
-            at = max([at, *(peer.progressed for peer in self._peers.values())])
+            else:
+                at = max([at, *(peer.progressed for peer in self._peers.values())])
         if not patience or now - at <= patience + margin:
             return ""
         return self._blame(now, patience, mark)
@@ -218,7 +224,7 @@ class Watchdog:
             if now - peer.seen <= self.silent_seconds and peer.beat is not None:
                 alive.append(rank)
             elif (end := self.attempt.outcome(rank)) is None:
-                silent += [] if self._mute else [rank]
+                silent += [rank] if self._mute_since is None else []
             elif end.code:
                 left.append(f"rank {rank} (host {end.host}) left with {end.reason}: {end.message}")
         if silent:
@@ -229,13 +235,13 @@ class Watchdog:
         places[self.rank] = (mark.step or 0, _ORDER[mark.phase])
         last = min(places.values())
         behind = sorted(rank for rank, place in places.items() if place == last)
-        if len(behind) < len(places) and not self._mute:
+        if len(behind) < len(places) and self._mute_since is None:
             return self._sentence(behind, "behind", patience, mark.phase)
         where = Beat(self.rank, self.host, self.pid, mark.phase, mark.step, 0, 0.0, 0.0).place
         how = f"for {patience:.3g} s ({_key(mark.phase)})"
         what = (
             f"this rank has made no progress {how} in {where}, and sees no others, as heartbeats cannot be written"
-            if self._mute
+            if self._mute_since is not None
             else f"no rank has made progress {how}, all that live are in {where}"
         )
         return (
@@ -280,8 +286,8 @@ class Watchdog:
         faulthandler.dump_traceback(file=self._stacks, all_threads=True)
         self._stacks.flush()
         with contextlib.suppress(OSError):
-            if tell and not self.attempt.hang_path.exists():
-                _put(self.attempt.hang_path, {"rank": self.rank, "message": reason, "time": time.time()})
+            if tell:
+                self.attempt.write_hang(self.rank, reason)
         self._say(f"hang: {reason}")
         self._await_stacks()
         with contextlib.suppress(Exception):  # whatever it is, the process must end
@@ -330,12 +336,6 @@ class Watchdog:
 
 def _key(phase: str) -> str:
     return f"launch.watchdog.{_PATIENCE.get(phase, 'start_seconds')}"
-
-
-def _put(path: Path, content: dict[str, object]) -> None:
-    temporary = path.with_name(f".tmp.{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _lives(pid: int) -> bool:

@@ -249,8 +249,8 @@ def test_on_a_full_disk_nobody_is_silent_and_later_a_stopped_rank_is_named(
 def test_mutant_others_are_judged_without_an_own_heartbeat(
     attempt: Attempt, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    never = property(lambda _: False, lambda _, value: None)
-    monkeypatch.setattr(watchdog.Watchdog, "_mute", never, raising=False)
+    never = property(lambda _: None, lambda _, value: None)
+    monkeypatch.setattr(watchdog.Watchdog, "_mute_since", never, raising=False)
     codes, named = _with_a_full_disk(attempt, monkeypatch)
     assert codes == [76, 76] and not named
 

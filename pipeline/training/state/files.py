@@ -5,6 +5,7 @@ the rank's own. Nothing in such a file can execute, and a reader of another topo
 """
 
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +28,7 @@ WEIGHT, STEP, BUFFER = "weight", "step", "buffer"
 _STATE, _OWN = "state", "own"
 _FILES = "rank_*.safetensors"
 _CHUNK_NUMBERS = 1 << 20
+_ALIGNMENT = 16
 _DTYPES = tuple(DTYPE_NAMES)
 _DTYPE_NUMBERS = {DTYPE_NAMES[dtype]: number for number, dtype in enumerate(_DTYPES)}
 _PLACE = [("dtype", "<i4"), ("file", "<i4"), ("start", "<i8"), ("size", "<i8"), ("at", "<i8")]
@@ -66,13 +68,29 @@ class RankState:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def copy(self) -> "RankState":
-        """Return the state as it is now, in memory of its own, so that training can go on while it is written."""
-        entries = {entry: _kept(tensor) for entry, tensor in self.entries.items()}
-        return RankState(entries, self.shapes, {k: _kept(v) for k, v in self.own.items()}, self.plain)
+        """Return the state as it is now, in memory of its own, so that training can go on while it is written.
+
+        One block for all tensors: the system gets it back at once when the copy is gone, where thousands of small pieces
+        would stay with the process.
+        """
+        tensors = [*self.entries.values(), *self.own.values()]
+        block = torch.empty(sum(_aligned(tensor) for tensor in tensors), dtype=torch.uint8)
+        at = 0
+
+        def kept(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal at
+            place = block[at : at + tensor.numel() * tensor.element_size()].view(tensor.dtype)
+            at += _aligned(tensor)
+            return place.view(tensor.shape).copy_(tensor.detach())
+
+        entries = {entry: kept(tensor) for entry, tensor in self.entries.items()}
+        own = {what: kept(tensor) for what, tensor in self.own.items()}
+        return RankState(entries, self.shapes, own, self.plain)
 
 
-def _kept(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True)
+def _aligned(tensor: torch.Tensor) -> int:
+    """Return the bytes of a tensor, rounded up so that one of any type may follow."""
+    return -(-tensor.numel() * tensor.element_size() // _ALIGNMENT) * _ALIGNMENT
 
 
 @dataclass(frozen=True)
@@ -153,7 +171,7 @@ def read_header(path: Path) -> Header:
         words |= {what: json.loads(metadata[what]) for what in ("shapes", "plain")}
     except OSError as error:
         raise unreadable(path, error) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise _no_state(path, error) from error
     return Header(
         path.name, size, zlib.compress(json.dumps(words).encode()), zlib.compress(runs.tobytes(), 1)
@@ -169,18 +187,23 @@ def _runs(tensors: dict[str, Any], begin: int, size: int) -> tuple[dict[str, Any
     names: dict[str, int] = {}
     keys: dict[str, int] = {}
     runs = []
-    for tensor, about in tensors.items():
-        space, _, rest = tensor.partition("/")
-        if space != _STATE:
-            continue
-        key, start, name = rest.split("/", 2)
-        (count,), (first, last) = about["shape"], about["data_offsets"]
+    at = 0
+    for tensor, about in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
         dtype = _DTYPE_NUMBERS[about["dtype"]]
         width = _DTYPES[dtype].itemsize
-        if not 0 <= first <= last <= size - begin or last - first != count * width or (begin + first) % width:
+        first, last = about["data_offsets"]
+        # Without overlaps and gaps: a file whose list lies must not give the numbers of one tensor for those of another.
+        if first != at or last - first != math.prod(about["shape"]) * width or (begin + first) % width:
             raise ValueError(f"{tensor} is not where it says")
-        of = names.setdefault(name, len(names)), keys.setdefault(key, len(keys))
-        runs.append((*of, dtype, 0, int(start), count, begin + first))
+        at = last
+        space, _, rest = tensor.partition("/")
+        if space == _STATE:
+            (count,) = about["shape"]
+            key, start, name = rest.split("/", 2)
+            of = names.setdefault(name, len(names)), keys.setdefault(key, len(keys))
+            runs.append((*of, dtype, 0, int(start), count, begin + first))
+    if at != size - begin:
+        raise ValueError("its numbers end elsewhere than the file")
     return {"names": list(names), "keys": list(keys)}, np.array(runs, _RUNS)
 
 
@@ -321,7 +344,7 @@ class StateReader:
             raise CheckpointError(
                 f"{self.folder} holds no {key} of {name} from {at} on; use another checkpoint"
             )
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
 
     def whole(self, name: str, key: str = WEIGHT) -> torch.Tensor:
         """Return all numbers of a parameter or buffer, in its shape."""

@@ -33,8 +33,8 @@ def lack(needs: Sequence[Need]) -> str | None:
         available = min((need.available for need in ranks if need.available is not None), default=None)
         if available is not None and size * _MARGIN > available:
             return (
-                f"a copy of the state of the {len(ranks)} ranks on {host} takes {byte_words(size)}, of which "
-                f"{_MARGIN:g} times must be available there, and {byte_words(available)} are; give the job more memory, "
+                f"a copy of the state of the {len(ranks)} rank{'s' * (len(ranks) > 1)} on {host} takes {byte_words(size)}, "
+                f"of which {_MARGIN:g} times must be available there, and {byte_words(available)} are; give the job more memory, "
                 "run fewer ranks on a host, or set train.checkpoint.asynchronous to false"
             )
     return None
@@ -71,18 +71,20 @@ def _of_the_groups(root: Path) -> Iterator[int | None]:
         levels = [path.strip("/"), *(str(level) for level in Path(path.strip("/")).parents)]
         for level in dict.fromkeys(levels):
             if not controllers:
-                yield _left(base / level, "memory.max", "memory.current", "inactive_file")
+                yield _left(base / level, "memory.max", "memory.current", "")
             elif "memory" in controllers.split(","):
                 group = base / "memory" / level
-                yield _left(group, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+                yield _left(group, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
 
 
-def _left(group: Path, limit: str, usage: str, cache: str) -> int | None:
+def _left(group: Path, limit: str, usage: str, prefix: str) -> int | None:
     """Return what a group leaves, files that the kernel may drop from memory included; None without a limit."""
     most, used = _number(group / limit), _number(group / usage)
     if most is None or used is None or most >= _NO_LIMIT:
         return None
-    return max(0, most - used + _fields(group / "memory.stat").get(cache, 0))
+    fields = _fields(group / "memory.stat")
+    cache = sum(fields.get(prefix + kind, 0) for kind in ("inactive_file", "active_file"))
+    return max(0, most - used + cache)
 
 
 def _number(path: Path) -> int | None:

@@ -70,9 +70,7 @@ class CodeCandidates:
         mine = torch.cat(self._kept).float().contiguous()
         if self._ranks == 1:
             return mine
-        if self._rank:
-            dist.gather(mine, None, 0)
-            return None
+        # Gathered by all, in a ring: one connection to rank 0 from each of hundreds would take gigabytes of buffers there.
         table_ME = mine.new_empty(self._ranks * len(mine), mine.shape[1])
-        dist.gather(mine, list(table_ME.chunk(self._ranks)), 0)
-        return table_ME
+        dist.all_gather(list(table_ME.chunk(self._ranks)), mine)
+        return None if self._rank else table_ME

@@ -270,6 +270,17 @@ def test_a_killed_rank_comes_before_the_peers_that_noticed_first(run: RunDirecto
     assert failure.host == socket.gethostname()
 
 
+def test_whoever_points_to_another_rank_is_never_the_first(run: RunDirectory) -> None:
+    """The clock of its host may be behind."""
+    attempt = run.stage("train_vqvae").new_attempt()
+    attempt.write_outcome(1, "lost_peer", 1, 3, "rank 0 failed before", at=10.0)
+    first = attempt.first_failure()
+    assert first is not None and first.rank == 1
+    attempt.write_outcome(0, "DataError", 78, 3, "no pictures", at=13.0)
+    first = attempt.first_failure()
+    assert first is not None and first.rank == 0
+
+
 def test_process_ids_of_some_ranks(run: RunDirectory) -> None:
     attempt = run.stage("train_vqvae").new_attempt()
     attempt.write_pid(0)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from cogview2.pipeline.attempt import Attempt
 from cogview2.pipeline.distributed.process import World
@@ -73,6 +74,22 @@ def test_a_rank_that_lost_a_failed_peer_points_to_it(
     assert "gloo" in _end(attempt, GLOO, caplog)[1] and "Traceback" in caplog.text
 
 
+def test_the_store_that_is_gone_points_to_it_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    attempt = Attempt(tmp_path)
+    attempt.write_outcome(1, "DataError", 78, None, "no pictures")
+    lost = dist.DistNetworkError("Failed to recv, got 0 bytes. Did the remote server shut down?")
+    reason, message = _end(attempt, lost, caplog)
+    assert reason == "lost_peer" and "DataError: no pictures; look at" in message
+
+
+def test_an_orderly_stop_is_no_failure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    attempt = Attempt(tmp_path)
+    attempt.write_outcome(
+        1, "preempted", ExitCode.REQUEUE, 7, "stopped by SIGTERM after step 7, which is saved"
+    )
+    assert "gloo" in _end(attempt, GLOO, caplog)[1]
+
+
 @pytest.mark.parametrize(
     ("other", "error"),
     [
@@ -80,6 +97,7 @@ def test_a_rank_that_lost_a_failed_peer_points_to_it(
         ("the disk is full", ValueError("a bug of this rank's own")),
         ("the disk is full", RuntimeError("shape mismatch")),
         ("[gloo/transport] Connection closed by peer", GLOO),  # both lost a third one, which left no word
+        ("Failed to recv, got 0 bytes. Connection was likely closed.", GLOO),
     ],
 )
 def test_other_errors_keep_their_own_words(

@@ -65,18 +65,26 @@ def test_others_are_judged_only_while_the_own_heartbeat_can_be_written(disk: _Di
     disk.full = False
     assert not disk.reason(100)  # the other one may not have written yet
     assert [line.partition(": ")[2] for line in disk.said()[1:]] == ["heartbeats can be written again"]
-    assert not disk.reason(109)
-    assert disk.reason(111).startswith("rank 1 (host b, process 7) is silent since")
+    assert not disk.reason(107)  # the 98 s from 2 to 100 do not count
+    assert disk.reason(109).startswith("rank 1 (host b, process 7) is silent since")
     disk.full = True
     disk.reason(112)
     assert len(disk.said()) == 3
+
+
+def test_a_disk_that_is_full_now_and_then_does_not_hide_a_stopped_rank(disk: _Disk) -> None:
+    for at in range(0, 12):
+        disk.full = at % 5 == 4
+        said = disk.reason(float(at))
+        assert not said
+    assert "is silent since" in disk.reason(13.0)  # 10 s and the 2 s in which nobody could know
 
 
 def test_mutant_no_fresh_start(disk: _Disk) -> None:
     assert not disk.reason(0)
     disk.full = True
     assert not disk.reason(50)
-    disk.full = disk.dog._mute = False  # as if it had never been
+    disk.full, disk.dog._mute_since = False, None  # as if it had never been
     assert disk.reason(51).startswith("rank 1 (host b, process 7) is silent since")
 
 
@@ -102,7 +110,16 @@ def test_whoever_waits_for_the_others_waits_on(disk: _Disk) -> None:
     disk.dog.mark("wait", None)
     disk.reason(0)
     disk.full = True
-    assert not disk.reason(41, moves=False) and not disk.reason(400, moves=False)
+    assert not any(disk.reason(at, moves=False) for at in (2, 41, 79))
     disk.full = False
-    assert not disk.reason(401, moves=False) and not disk.reason(410, moves=False)
-    assert disk.reason(412, moves=False).startswith("rank 1 (host b, process 7) is silent")
+    assert not disk.reason(80, moves=False) and not disk.reason(86, moves=False)
+    assert disk.reason(90, moves=False).startswith("rank 1 (host b, process 7) is silent")
+
+
+def test_nobody_waits_for_ever(disk: _Disk) -> None:
+    """Longer than any rank would work without progress and leave by itself."""
+    disk.dog.mark("wait", None)
+    disk.reason(0)
+    disk.full = True
+    assert not disk.reason(79, moves=False)
+    assert disk.reason(81, moves=False).startswith("this rank has made no progress for 80 s")

@@ -45,7 +45,7 @@ V1 = "sys/fs/cgroup/memory/"
                 V2 + "job/step/memory.current": "500\n",
                 V2 + "job/memory.max": "5000\n",
                 V2 + "job/memory.current": "4000\n",
-                V2 + "job/memory.stat": "anon 3300\ninactive_file 700\n",
+                V2 + "job/memory.stat": "anon 3300\ninactive_file 500\nactive_file 200\n",
             },
             1700,
         ),
@@ -66,7 +66,8 @@ V1 = "sys/fs/cgroup/memory/"
                 "proc/self/cgroup": "5:cpu:/\n4:memory:/docker/abc\n0::/\n",
                 V1 + "memory.limit_in_bytes": "7000\n",
                 V1 + "memory.usage_in_bytes": "4000\n",
-                V1 + "memory.stat": "cache 100\ntotal_inactive_file 50\n",
+                V1
+                + "memory.stat": "cache 100\ntotal_inactive_file 40\ntotal_active_file 10\nactive_file 9\n",
             },
             3050,
         ),

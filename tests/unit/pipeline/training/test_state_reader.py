@@ -6,6 +6,7 @@ import random
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -204,3 +205,63 @@ def test_a_disk_that_gives_nothing_is_not_called_damage(tmp_path: Path) -> None:
     ):
         with pytest.raises(UnreadableError, match="cannot be read now"):
             action()
+
+
+def _rewrite_header(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+
+def _swap(header: dict[str, Any]) -> None:
+    """Let the weights be those numbers that are the moments."""
+    weight, moment = (header[f"state/{key}/0/w"] for key in (WEIGHT, "exp_avg"))
+    weight["data_offsets"] = moment["data_offsets"]
+
+
+def _lengthen(header: dict[str, Any]) -> None:
+    name = max((n for n in header if n != "__metadata__"), key=lambda n: header[n]["data_offsets"])
+    header[name]["data_offsets"][1] += 4
+    header[name]["shape"][0] += 1
+
+
+def _rename(header: dict[str, Any]) -> None:
+    header[f"state/{WEIGHT}/{2**70}/w"] = header.pop(f"state/{WEIGHT}/0/w")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_swap, "is not where it says"),
+        (_lengthen, "its numbers end elsewhere than the file"),
+        (_rename, "is no state of a rank"),
+        (lambda header: header.pop("state/exp_avg/0/w"), "is not where it says"),
+    ],
+)
+def test_a_header_that_lies_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], said: str
+) -> None:
+    """Whatever its digest: a file without overlaps and gaps cannot give the numbers of one tensor for another's."""
+    _write(tmp_path, [{Entry(key, 0, "w"): torch.ones(4) for key in (WEIGHT, "exp_avg")}], {"w": (4,)})
+    _rewrite_header(tmp_path / file_name(0), lambda header: None)
+    assert StateReader(tmp_path).whole("w").tolist() == [1, 1, 1, 1]
+    _rewrite_header(tmp_path / file_name(0), change)
+    with pytest.raises(CheckpointError, match=said):
+        StateReader(tmp_path)
+
+
+def test_a_copy_is_one_block_of_its_own(tmp_path: Path) -> None:
+    entries = {Entry(WEIGHT, 0, str(dtype)): torch.arange(5).to(dtype) for dtype in DTYPES}
+    entries[Entry(WEIGHT, 0, "none")] = torch.zeros(0)
+    state = RankState(entries, {}, {"flag": torch.ones(3, dtype=torch.bool)})
+    copy = state.copy()
+    tensors = [*copy.entries.values(), *copy.own.values()]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    for entry, tensor in entries.items():
+        kept = tensor.clone()
+        tensor.zero_()
+        assert torch.equal(copy.entries[entry], kept) and copy.entries[entry].dtype == kept.dtype
+    assert copy.own["flag"].all()
