@@ -55,6 +55,7 @@ bench: $(STAMP)
 	$(BIN)/python $(BENCH_TRAINING)/bench_loss.py --results benchmarks/RESULTS.md --json build/bench_loss.json
 	OMP_NUM_THREADS=1 $(BIN)/python $(BENCH_TRAINING)/bench_engine.py --results benchmarks/RESULTS.md --json build/bench_engine.json
 	$(BIN)/python $(BENCH_TRAINING)/bench_checkpoint.py --folder build --results benchmarks/RESULTS.md --json build/bench_checkpoint.json
+	$(BIN)/python $(BENCH_TRAINING)/bench_recovery.py --folder build --results benchmarks/RESULTS.md --json build/bench_recovery.json
 
 bench-gpu: $(LINKS)
 	$(GPU_RUN) $(BENCH)/bench_gpu.py --results benchmarks/RESULTS.md --json build/bench_gpu.json

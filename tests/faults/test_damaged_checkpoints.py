@@ -1,5 +1,6 @@
 """Nothing that is wrong with a checkpoint passes silently, and nothing of it is interpreted before it is verified."""
 
+import hashlib
 import os
 import random
 import shutil
@@ -7,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import equivalence
+import forked_ranks
 import pytest
 import torch
 
@@ -16,6 +19,7 @@ from cogview2.pipeline.distributed.process import World
 from cogview2.pipeline.distributed.seeding import random_state
 from cogview2.pipeline.training import checkpoint
 from cogview2.pipeline.training.checkpoint import Checkpointer
+from cogview2.pipeline.training.engine import TrainingEngine
 from cogview2.pipeline.training.state.files import (
     WEIGHT,
     Entry,
@@ -209,3 +213,70 @@ def test_nothing_pickled_is_ever_read(good: Path, tmp_path: Path, monkeypatch: p
     engine = Engine()
     restored = _checkpointer(good / "checkpoints").restore(engine)  # type: ignore[arg-type]
     assert restored is not None and (restored.step, engine.value) == (4, 4)
+
+
+def _state_of(engine: TrainingEngine) -> dict[str, torch.Tensor]:
+    """Return everything that training goes on from: weights, masters, moments, counters."""
+    bare: Any = engine.engine  # type: ignore[attr-defined]
+    found = {str(entry): tensor for entry, tensor in engine.state().entries.items()}
+    found |= {f"weight of {name}": parameter.data for name, parameter in bare.module.named_parameters()}
+    return found | {"steps": torch.tensor([bare.global_steps, bare.global_samples])}
+
+
+def _digest(engine: TrainingEngine) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(_state_of(engine).items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _load_bare(engine: TrainingEngine, folder: Path) -> str:
+    """Load DeepSpeed's own checkpoint into an engine that knows nothing; returns a digest of what it knows then."""
+    for tensor in _state_of(engine).values():
+        tensor.zero_()
+    engine.engine.load_checkpoint(str(folder))  # type: ignore[attr-defined]
+    return _digest(engine)
+
+
+def _flip_bare(folder: Path, json_path: str, flips: int, seed: int) -> dict[str, dict[str, int]]:
+    """Flip bits, one at a time, in a checkpoint that DeepSpeed saves and loads: file -> what became of them -> how many."""
+    cell, model = equivalence.Cell(1), equivalence.CONFIG.model_copy(update={"hidden": 128})
+    engine = equivalence.build(cell, json_path, 0, model=model)
+    batches = equivalence.micro_batches(0, 0, 1, 1)
+    engine.train_step(0, batches, 1e-3)
+    engine.engine.save_checkpoint(str(folder), tag="flipped")  # type: ignore[attr-defined]
+    good = _load_bare(engine, folder), engine.train_step(1, batches, 1e-3).loss
+    rng, found = random.Random(seed), {}
+    for _ in range(flips):
+        path = rng.choice(sorted((folder / "flipped").iterdir()))
+        at, bit = rng.randrange(path.stat().st_size), 1 << rng.randrange(8)
+        counts = found.setdefault(path.name, {"silent": 0, "raised": 0, "without effect": 0})
+        _flip_at(path, at, bit)
+        try:
+            digest = _load_bare(engine, folder)
+        except Exception:
+            counts["raised"] += 1
+        else:
+            same = digest == good[0] and engine.train_step(1, batches, 1e-3).loss == good[1]
+            counts["without effect" if same else "silent"] += 1
+        _flip_at(path, at, bit)
+    assert (_load_bare(engine, folder), engine.train_step(1, batches, 1e-3).loss) == good
+    return found
+
+
+def _flip_at(path: Path, at: int, bit: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(at)
+        (byte,) = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte ^ bit]))
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_bare_deepspeed_does_not_notice_flips(tmp_path: Path) -> None:
+    """The same on DeepSpeed's own files: the figure beside ours, and proof that such flips do harm."""
+    path, seed = equivalence.write_json(equivalence.Cell(1), tmp_path), 11
+    (found,) = forked_ranks.run_ranks(lambda _: _flip_bare(tmp_path / "bare", path, 200, seed), 1, limit=600)
+    print(f"bare DeepSpeed, seed {seed}: {found}")
+    assert sum(counts["silent"] for counts in found.values()) > 0

@@ -9,6 +9,7 @@ from equivalence import Cell
 from killed_training import Job
 
 from cogview2.pipeline.training import checkpoint
+from cogview2.pipeline.training.state import loading
 
 pytestmark = pytest.mark.distributed
 WINDOW = 0.2
@@ -42,7 +43,7 @@ def test_kills(tmp_path: Path, cell: Cell, kills: int, options: dict[str, Any]) 
 
 
 def test_a_random_state_that_is_not_kept_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "load_random_state", lambda state: None)
+    monkeypatch.setattr(loading, "load_random_state", lambda state: None)
     found = killed_training.repeat(Job(Cell(1, dp=2), tmp_path / "stage"), 1, seed=7, window=WINDOW)
     assert found["different"]
 

@@ -8,8 +8,8 @@ import random
 import signal
 import socket
 import time
-from collections.abc import Iterator
-from ctypes import c_char
+from collections.abc import Callable, Iterator, Sequence
+from ctypes import c_char, c_int
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,7 +20,9 @@ import deepspeed
 import deepspeed.comm
 import deepspeed.ops
 import equivalence
+import forked_ranks  # noqa: F401 - with what engines import late: ten seconds in every fork
 import torch
+import torch.utils.tensorboard
 from equivalence import Cell
 
 from cogview2.pipeline import fsops
@@ -60,6 +62,9 @@ class Job:
     asynchronous: bool = False
     bare: bool = False
     """With DeepSpeed's own `save_checkpoint` and `load_checkpoint`, as their documents show them."""
+    log_every: int = 7
+    watch: Callable[[int, Any, Checkpointer, Sequence[int]], None] | None = None
+    """Called on every rank before it trains, with rank, engine, checkpointer and the process ids of all ranks."""
 
     @property
     def notes(self) -> Path:
@@ -92,7 +97,14 @@ class Stop:
         return self.step >= self.until
 
 
-def _note(path: Path, line: str) -> None:
+def named(path: Path) -> str:
+    """Return in a word what a file or folder of a checkpoint is."""
+    name = path.name.lstrip(".").split(".step")[0]
+    known = ("rank_", "MANIFEST", "data_state", "staging", "trash", "step_", "latest", "COMMITTED")
+    return next((word.strip("_") for word in (*known, "quarantine", "metrics") if word in name), "other")
+
+
+def note(path: Path, line: str) -> None:
     """Append a line by one write, so that a kill leaves it whole or out."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.write(descriptor, f"{line}\n".encode())
@@ -109,16 +121,13 @@ def _observe(job: Job, rank: int, engine: Any, checkpointer: Checkpointer, phase
 
     def seen(kind: str, path: Path, target: Path | None) -> None:
         if saving[0]:
-            name = (target or path).name.lstrip(".").split(".step")[0]
-            known = ("rank_", "MANIFEST", "data_state", "staging", "trash", "step_", "latest", "COMMITTED")
-            what = next((word.strip("_") for word in known if word in name), "other")
-            say(f"save: after {kind} of {what}")
+            say(f"save: after {kind} of {named(target or path)}")
 
     def step(number: int, batches: Any, rate: float) -> Any:
         say("train")
         result = train_step(number, batches, rate)
         norm = engine.grad_norm()
-        _note(job.notes / f"losses-{rank}", f"{number} {result.loss.hex()} {norm.hex()}")
+        note(job.notes / f"losses-{rank}", f"{number} {result.loss.hex()} {norm.hex()}")
         stop.step = number + 1
         return result
 
@@ -130,13 +139,13 @@ def _observe(job: Job, rank: int, engine: Any, checkpointer: Checkpointer, phase
         finish(number, *rest)
         saving[0] = False
         if rank == 0:
-            _note(job.notes / "acknowledged", str(number))
+            note(job.notes / "acknowledged", str(number))
 
     def go_on(*rest: Any) -> Any:
         say("restore")
         restored = restore(*rest)
         if rank == 0:
-            _note(job.notes / "resumed", str(0 if restored is None else restored.step))
+            note(job.notes / "resumed", str(0 if restored is None else restored.step))
         return restored
 
     fsops.recorder = seen
@@ -171,7 +180,7 @@ def _use_deepspeeds_own(engine: Any, checkpointer: Checkpointer, rank: int, job:
     checkpointer._finish, checkpointer.save, checkpointer.restore = finish, save, restore  # type: ignore[method-assign]
 
 
-def _train(job: Job, rank: int, phase: Any) -> None:
+def _train(job: Job, rank: int, phase: Any, pids: Sequence[int]) -> None:
     cell = job.cell
     seed_everything(equivalence.SEED, rank + 1)
     path = equivalence.json_path(cell, job.folder.parent)
@@ -180,7 +189,12 @@ def _train(job: Job, rank: int, phase: Any) -> None:
     world = World(rank, cell.ranks, rank, torch.device("cpu"))
     checkpoints = CheckpointConfig(every_steps=job.every, asynchronous=job.asynchronous)
     train = equivalence.TRAIN.model_copy(
-        update={"steps": ENDLESS, "checkpoint": checkpoints, "log_every": 7, "pipeline_parallel": cell.pp}
+        update={
+            "steps": ENDLESS,
+            "checkpoint": checkpoints,
+            "log_every": job.log_every,
+            "pipeline_parallel": cell.pp,
+        }
     )
     resolved = resolve(path, train, cell.ranks, cpu=True)
     topology = Topology(cell.ranks, cell.pp, cell.zero, precision(resolved))
@@ -194,6 +208,8 @@ def _train(job: Job, rank: int, phase: Any) -> None:
     if job.bare:
         _use_deepspeeds_own(engine, checkpointer, rank, job)
     _observe(job, rank, engine, checkpointer, phase, stop)
+    if job.watch is not None:
+        job.watch(rank, engine, checkpointer, pids)
     trainer = Trainer(
         engine=engine,
         batches=batches,
@@ -207,7 +223,8 @@ def _train(job: Job, rank: int, phase: Any) -> None:
         trainer.fit()
 
 
-def _main(job: Job, rank: int, port: int, phase: Any) -> None:
+def _main(job: Job, rank: int, port: int, phase: Any, pids: Any) -> None:
+    pids[rank] = os.getpid()
     own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": job.cell.ranks, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in own.items()}, MASTER_ADDR="127.0.0.1")
     code = 1
@@ -217,12 +234,12 @@ def _main(job: Job, rank: int, port: int, phase: Any) -> None:
         deepspeed.utils.logger.setLevel(logging.ERROR)
         logging.disable(logging.INFO)
         deepspeed.init_distributed("gloo")
-        _train(job, rank, phase)
+        _train(job, rank, phase, pids)
         code = 0
     except CogView2Error as error:
-        _note(job.notes / f"refused-{rank}", str(error))
+        note(job.notes / f"refused-{rank}", str(error))
     except BaseException as error:  # a peer was killed, or a bug: the test reads what it was
-        _note(
+        note(
             job.notes / f"failed-{rank}",
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
         )
@@ -239,9 +256,11 @@ def started(job: Job) -> Iterator[tuple[list[BaseProcess], list[Any]]]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("fork")
-    phases = [context.Array(c_char, 64, lock=False) for _ in range(job.cell.ranks)]
+    count = job.cell.ranks
+    phases = [context.Array(c_char, 64, lock=False) for _ in range(count)]
+    pids = context.Array(c_int, count, lock=False)
     ranks = [
-        context.Process(target=_main, args=(job, rank, port, phases[rank])) for rank in range(job.cell.ranks)
+        context.Process(target=_main, args=(job, rank, port, phases[rank], pids)) for rank in range(count)
     ]
     try:
         for process in ranks:
@@ -295,7 +314,7 @@ def seen(job: Job) -> Seen:
     result.resumed = [int(line) for line in (job.notes / "resumed").read_text().split()]
     acknowledged = job.notes / "acknowledged"
     if acknowledged.exists():
-        result.acknowledged = max(int(line) for line in acknowledged.read_text().split())
+        result.acknowledged = max((int(line) for line in acknowledged.read_text().split()), default=0)
     return result
 
 
