@@ -8,7 +8,7 @@ from tiny_runs import Finished, Ranks, copy, evaluation, override, run_stage
 
 from cogview2.pipeline.run_dir import RunDirectory
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def _assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert left[name] == (pytest.approx(value, abs=1e-6) if isinstance(value, float) else value), name
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [1, 4])
 def test_same_figures_on_other_numbers_of_ranks(
     finished_run: Finished, trained: RunDirectory, ranks: int
 ) -> None:

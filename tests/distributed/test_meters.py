@@ -183,6 +183,7 @@ def _warnings(folder: Path, *names: str) -> dict[str, list[str]]:
     return dict(first)
 
 
+@pytest.mark.slow
 def test_a_rank_that_sleeps_is_warned_of_within_20_steps_and_none_is_in_500_normal_ones(
     tmp_path: Path,
 ) -> None:
@@ -193,6 +194,7 @@ def test_a_rank_that_sleeps_is_warned_of_within_20_steps_and_none_is_in_500_norm
     )
 
 
+@pytest.mark.slow
 def test_mutant_nobody_watches_for_stragglers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StragglerWatch, "add", lambda *_: None)
     assert not _warnings(tmp_path, "rank 1 sleeps")["rank 1 sleeps"]

@@ -76,7 +76,11 @@ def _problems(cells: list[Cell], folder: Path, ranks: int) -> list[str]:
     return [f"{cell} {problem[0]}" for answer in answers for cell, problem in answer.items() if problem[0]]
 
 
-@pytest.mark.parametrize(("cells", "ranks"), [(CELLS, 1), (PIPES, 2)], ids=["plain", "pipe stages"])
+@pytest.mark.parametrize(
+    ("cells", "ranks"),
+    [(CELLS, 1), pytest.param(PIPES, 2, marks=pytest.mark.slow)],
+    ids=["plain", "pipe stages"],
+)
 def test_training_goes_on_as_if_the_step_had_never_been(
     tmp_path: Path, cells: list[Cell], ranks: int
 ) -> None:

@@ -67,7 +67,7 @@ def test_train_vqvae(tmp_path: Path, ranks: int, how: str, settings: tuple[str, 
         pytest.param(1, "SIGTERM", (), id="one rank", marks=pytest.mark.slow),
         pytest.param(2, "SIGKILL", (), id="two ranks", marks=pytest.mark.slow),
         pytest.param(2, "SIGTERM", ZERO1, id="ZeRO 1", marks=pytest.mark.slow),
-        pytest.param(2, "SIGTERM", PIPE, id="two pipe stages"),
+        pytest.param(2, "SIGTERM", PIPE, id="two pipe stages", marks=pytest.mark.slow),
     ],
 )
 def test_pretrain_coglm(

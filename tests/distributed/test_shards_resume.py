@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import Finished, Ranks, copy, digests, run_stage
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def test_killed_and_started_again(finished_run: Finished, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from tiny_runs import metrics, new_run, run_stage
 
 from cogview2.pipeline.weights.files import load_weights
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
 def test_rates_left_out_of_a_step_do_not_move(tmp_path: Path) -> None:

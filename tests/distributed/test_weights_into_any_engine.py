@@ -15,7 +15,7 @@ from cogview2.pipeline.models.coglm.pipe import init_as_pipe
 from cogview2.pipeline.training.engine import export_weights
 from cogview2.pipeline.weights.files import load_weights, save_weights
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 CELLS = [
     *(Cell(zero, dp=2) for zero in range(4)),
     Cell(3, dp=2, offload=("offload_optimizer", "offload_param")),
@@ -33,9 +33,7 @@ def _work(source: Path, folder: Path, rank: int) -> dict[str, Any]:
     return {}
 
 
-@pytest.mark.parametrize(
-    "stored", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float16], ids=str
-)
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16], ids=str)
 def test_every_engine_starts_from_the_file_and_writes_it_again(tmp_path: Path, stored: torch.dtype) -> None:
     model = CogLM(CONFIG, VOCABULARY.rows)
     init_as_pipe(model, equivalence.SEED + 1)

@@ -33,6 +33,7 @@ def test_a_bundle_draws_the_same_pictures(finished_run: Finished, bundle: Path, 
     assert all(np.array_equal(one, other) for one, other in zip(of_run, of_bundle, strict=True))
 
 
+@pytest.mark.slow
 def test_a_bundle_describes_the_same_way(finished_run: Finished, bundle: Path, tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
     Image.fromarray(np.full((64, 64, 3), 200, dtype=np.uint8)).save(picture)

@@ -13,7 +13,7 @@ LIMIT_SECONDS = 10.0
 SHARDS_BEFORE = 3
 
 
-@pytest.mark.parametrize("action", ["enospc", "erofs"])
+@pytest.mark.parametrize("action", ["enospc", pytest.param("erofs", marks=pytest.mark.slow)])
 def test_shard_dataset(
     finished_run: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: str
 ) -> None:

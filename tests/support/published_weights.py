@@ -96,6 +96,10 @@ def training_objects(modules: dict[str, types.ModuleType]) -> dict[str, Any]:
     class ZeroStageEnum(int, enum.Enum):
         weights = 3
 
+        def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+            """As the Python of then wrote it; some later ones write a getattr."""
+            return type(self), (self.value,)
+
     for module, found in ((scaler, LossScaler), (config, ZeroStageEnum)):
         found.__module__, found.__qualname__ = module.__name__, found.__name__
         setattr(module, found.__name__, found)
