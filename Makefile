@@ -10,6 +10,7 @@ FIXTURES_OPTION := $(if $(wildcard $(FIXTURES)/golden),--fixtures $(FIXTURES))
 PYTEST   := OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest $(FIXTURES_OPTION)
 SOURCES  := pipeline stages ops launch ds_configs
 LINKS    := $(SOURCES:%=build/importroot/cogview2/%)
+ALONE    := tests/unit tests/golden tests/repo
 BENCH    := benchmarks/local_attention
 BENCH_TRAINING := benchmarks/training
 WEB_STAMP := $(VENV)/.installed-web
@@ -24,8 +25,10 @@ GPU_RUN    := PYTHONPATH=$(CURDIR)/build/importroot $(GPU_PYTHON)
 quickstart: $(STAMP)
 	$(BIN)/cogview2 run quickstart
 
+# The first need one process each, and share the cores; the others start ranks of their own.
 test: $(STAMP)
-	$(PYTEST) -m "not slow and not gpu and not web and not cluster" tests
+	$(PYTEST) -m "not slow and not gpu and not web and not cluster" -n 2 --dist loadfile $(ALONE)
+	$(PYTEST) -m "not slow and not gpu and not web and not cluster" tests $(ALONE:%=--ignore=%)
 
 test-slow: $(STAMP)
 	$(PYTEST) -m "slow and not gpu and not cluster" tests

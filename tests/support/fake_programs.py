@@ -42,7 +42,9 @@ wait; wait""",
     "scontrol": "exit 0",
     "pkill": 'touch "$FAKES/pkill-was-called"',
     # The far end.
-    "python": """n=$$; printf '%s\\0' "$0" "$@" > "$FAKES/arrived-$n.argv"; cat /proc/self/environ > "$FAKES/arrived-$n.env"
+    # What is looked for comes last and whole: a payload may have sent this program into the background.
+    "python": """n=$$; cat /proc/self/environ > "$FAKES/arrived-$n.env"; printf '%s\\0' "$0" "$@" > "$FAKES/new-$n.argv"
+mv "$FAKES/new-$n.argv" "$FAKES/arrived-$n.argv"
 """,
 }
 

@@ -24,7 +24,7 @@ def test_import_needs_no_torch_and_is_fast() -> None:
     )
     best = min(
         float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
-        for _ in range(2)
+        for _ in range(5)
     )
     assert best < 1.0  # wanted: 0.5 s; the margin is for a loaded machine
 

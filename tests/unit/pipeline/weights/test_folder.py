@@ -104,7 +104,7 @@ def test_writers_side_by_side_lose_nothing(tmp_path: Path) -> None:
         np.array([0, 1, -1]),
         np.array([0, 1, 3]),
         np.zeros(0, dtype=np.int64),
-        np.array([object()]),
+        np.array([None]),
         np.array(["a"]),
     ],
     ids=str,
