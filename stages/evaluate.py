@@ -96,6 +96,8 @@ class Evaluation:
                     self._beat(k, len(jobs), message)
                 do(jobs[k])
         meet(context.stop, f"while {message}; the same command goes on from there")
+        if context.world.is_first:
+            self._beat(len(jobs), len(jobs), message)
 
     def _beat(self, done: int, total: int, message: str) -> None:
         rate = done / max(time.monotonic() - self._started, 1e-9)

@@ -43,6 +43,8 @@ def test_every_stage_is_done(finished_run: Finished) -> None:
             record = finished_run.run.stage(unit).done()
             assert record is not None and record.outputs, unit
         assert stage in finished_run.output
+    beat = finished_run.run.stage("evaluate").heartbeat()
+    assert beat is not None and beat.step == beat.steps
 
 
 def test_shards_are_readable_by_stock_webdataset(finished_run: Finished) -> None:
