@@ -91,8 +91,8 @@ class Watchdog:
         self._mark = _Mark("start", None, 0, now)
         self._steps = 0
         self._next_beat = now
-        self._mute_since: float | None = None  # when its heartbeats could be written no longer
-        """Whether this rank's own heartbeat could not be written the last time."""
+        self._mute_since: float | None = None
+        """Since when this rank's own heartbeat cannot be written."""
         self._peers = {other: _Peer(None, now, now) for other in range(size) if other != rank}
         self._ended, self._leaving = threading.Event(), threading.Lock()
         attempt.prepare_beats()
@@ -205,9 +205,8 @@ class Watchdog:
                     return self._sentence([rank], "silent", patience, phase)
         patience, at = self.patience(mark.phase), mark.at
         if mark.phase == WAIT:
-            if (
-                self._mute_since is not None
-            ):  # it does not see the others' progress; whoever is stuck there has left long before
+            if self._mute_since is not None:
+                # It does not see the others' progress; whoever is stuck among them has left long before.
                 patience += max(map(self.patience, _PATIENCE)) if patience else 0.0
             elif not self._lookout:
                 return ""
