@@ -12,7 +12,7 @@ from cogview2.launch.ranks import rank_lines
 from cogview2.pipeline.attempt import Outcome
 from cogview2.pipeline.config.stages import STAGES
 from cogview2.pipeline.errors import CogView2Error, ExitCode, RunDirectoryError
-from cogview2.pipeline.run_dir import RunDirectory, units
+from cogview2.pipeline.run_dir import RunDirectory, named_run, units
 from cogview2.pipeline.stage_dir import Heartbeat
 from cogview2.pipeline.weights_manifest import is_weights_folder
 
@@ -35,12 +35,7 @@ class StageStatus:
 def find_run(name: str | None, runs: Path) -> RunDirectory:
     """Return a run by path, by name below `runs`, or the newest one below `runs`."""
     if name is not None:
-        for path in (Path(name), runs / name):
-            if RunDirectory(path).exists():
-                return RunDirectory(path)
-        raise RunDirectoryError(
-            f"no run {name!r}: neither a run directory nor a name in {runs}; check --runs-dir"
-        )
+        return named_run(name, runs)
     found = [RunDirectory(path) for path in runs.iterdir()] if runs.is_dir() else []
     found = [run for run in found if run.exists()]
     if not found:

@@ -276,3 +276,17 @@ class RunDirectory:
         """Return everything that a unit's result depends on, by dotted key: values of the recipe, digests of inputs."""
         inputs = {f"input {name}": digest for name, digest in self.inputs(unit, recipe).items()}
         return settings(recipe, unit) | inputs
+
+
+def named_run(name: str, runs: Path) -> RunDirectory:
+    """Return the run at the path `name`, or of that name below `runs`.
+
+    Raises:
+        RunDirectoryError: there is neither.
+    """
+    for path in (Path(name), runs / name):
+        if RunDirectory(path).exists():
+            return RunDirectory(path)
+    raise RunDirectoryError(
+        f"no run {name!r}: neither a run directory nor a name in {runs}; check --runs-dir"
+    )

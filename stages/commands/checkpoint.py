@@ -9,8 +9,8 @@ from typing import Any
 
 from cogview2.pipeline import fsops
 from cogview2.pipeline.command_line import Parser, printable, run_command
-from cogview2.pipeline.errors import CheckpointError, ExitCode, RunDirectoryError
-from cogview2.pipeline.run_dir import RunDirectory
+from cogview2.pipeline.errors import CheckpointError, ExitCode
+from cogview2.pipeline.run_dir import RunDirectory, named_run
 from cogview2.pipeline.training.state.manifest import (
     DATA_STATE,
     Manifest,
@@ -49,15 +49,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(name: str, runs: Path) -> RunDirectory:
-    for path in (Path(name), runs / name):
-        if RunDirectory(path).exists():
-            return RunDirectory(path)
-    raise RunDirectoryError(
-        f"no run {name!r}: neither a run directory nor a name in {runs}; check --runs-dir"
-    )
-
-
 def _checkpoints(run: RunDirectory) -> Iterator[tuple[str, Path]]:
     """Yield (unit, folder) of every checkpoint, good or not, and of those in quarantine."""
     for folder in sorted((run.path / "stages").glob("**/checkpoints")):
@@ -80,7 +71,7 @@ def _row(unit: str, folder: Path) -> tuple[str, ...]:
 
 
 def _list(arguments: argparse.Namespace) -> ExitCode:
-    rows = [_row(unit, folder) for unit, folder in _checkpoints(_run(arguments.run, arguments.runs_dir))]
+    rows = [_row(unit, folder) for unit, folder in _checkpoints(named_run(arguments.run, arguments.runs_dir))]
     if not rows:
         print("no checkpoints")
         return ExitCode.DONE
@@ -96,7 +87,7 @@ def _verify(arguments: argparse.Namespace) -> ExitCode:
     if step_of(path) is not None:
         folders = [path]
     else:
-        found = _checkpoints(_run(arguments.what, arguments.runs_dir))
+        found = _checkpoints(named_run(arguments.what, arguments.runs_dir))
         folders = [folder for _, folder in found if folder.parent.name != "quarantine"]
     if arguments.expect is not None and len(folders) != 1:
         raise CheckpointError(
